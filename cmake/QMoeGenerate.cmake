@@ -1,0 +1,57 @@
+# Pairs format headers with kernel headers. Adding a header is enough: the globs are checked at every build.
+#
+# QMOE_PLUGIN_EXTRA_FORMATS may name folders with further format headers, outside this tree.
+set(QMOE_PLUGIN_EXTRA_FORMATS "" CACHE STRING "Folders with more format headers")
+
+set(folders ${CMAKE_CURRENT_SOURCE_DIR}/ops/formats ${QMOE_PLUGIN_EXTRA_FORMATS})
+set(QMOE_PLUGIN_FORMAT_HEADERS "")
+foreach(folder IN LISTS folders)
+  file(GLOB headers CONFIGURE_DEPENDS ${folder}/*.h)
+  list(APPEND QMOE_PLUGIN_FORMAT_HEADERS ${headers})
+endforeach()
+list(FILTER QMOE_PLUGIN_FORMAT_HEADERS EXCLUDE REGEX "/ops/formats/format\\.h$")
+
+# Writes a file only if its content changed, so that nothing is rebuilt for nothing.
+function(qmoe_write path content)
+  file(CONFIGURE OUTPUT ${path} CONTENT "${content}" @ONLY)
+endfunction()
+
+# One .cc a format that registers it with the host.
+function(qmoe_generate_formats out)
+  set(sources "")
+  foreach(header IN LISTS QMOE_PLUGIN_FORMAT_HEADERS)
+    get_filename_component(format ${header} NAME_WE)
+    set(path ${CMAKE_CURRENT_BINARY_DIR}/generated/format_${format}.cc)
+    qmoe_write(${path} "#include \"${header}\"
+
+namespace qmoe_plugin {
+namespace {
+[[maybe_unused]] const bool registered = RegisterFormat(DescribeFormat<formats::${format}>());
+}  // namespace
+}  // namespace qmoe_plugin
+")
+    list(APPEND sources ${path})
+  endforeach()
+  set(${out} ${sources} PARENT_SCOPE)
+endfunction()
+
+# One .cu a (kernel, format). A kernel is a header ops/gemm/gemv_*.cuh or ops/gemm/grouped_gemm_*.cuh.
+function(qmoe_generate_cuda_kernels out)
+  file(GLOB kernels CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/ops/gemm/gemv_*.cuh
+       ${CMAKE_CURRENT_SOURCE_DIR}/ops/gemm/grouped_gemm_*.cuh)
+  set(sources "")
+  foreach(kernel_header IN LISTS kernels)
+    get_filename_component(kernel ${kernel_header} NAME_WE)
+    foreach(header IN LISTS QMOE_PLUGIN_FORMAT_HEADERS)
+      get_filename_component(format ${header} NAME_WE)
+      set(path ${CMAKE_CURRENT_BINARY_DIR}/generated/${kernel}.${format}.cu)
+      qmoe_write(${path} "#include \"ops/gemm/${kernel}.cuh\"
+#include \"${header}\"
+
+QMOE_REGISTER_CUDA_GEMM(${kernel}, ${format});
+")
+      list(APPEND sources ${path})
+    endforeach()
+  endforeach()
+  set(${out} ${sources} PARENT_SCOPE)
+endfunction()

@@ -1,0 +1,74 @@
+/* C interface of the qmoe_plugin library, beside RegisterCustomOps (which ONNX Runtime calls).
+ *
+ * It answers two questions without a session: which kernels are there, and which one runs a given
+ * problem. Everything here is thread-safe, allocates nothing that the caller must free, and never
+ * throws. */
+#ifndef QMOE_PLUGIN_H_
+#define QMOE_PLUGIN_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QMOE_PLUGIN_EXPORT __attribute__((visibility("default")))
+
+/* Version of the library, as in "0.1.0". */
+QMOE_PLUGIN_EXPORT const char* qmoe_plugin_version(void);
+
+/* Onnxruntime API versions the library works with: lowest and highest that it was written for. */
+QMOE_PLUGIN_EXPORT void qmoe_plugin_ort_api_range(uint32_t* lowest, uint32_t* highest);
+
+/* 1 if CUDA kernels were compiled in; the architectures, as in "90a"; "" without CUDA. */
+QMOE_PLUGIN_EXPORT int qmoe_plugin_has_cuda(void);
+QMOE_PLUGIN_EXPORT const char* qmoe_plugin_cuda_archs(void);
+
+/* CUDA devices that the driver offers, 0 without a driver; compute capability of one (90 = Hopper),
+ * 0 if there is none. */
+QMOE_PLUGIN_EXPORT int qmoe_plugin_cuda_device_count(void);
+QMOE_PLUGIN_EXPORT int qmoe_plugin_cuda_device_sm(int device);
+
+/* A row of the support table. Strings live as long as the library. */
+typedef struct qmoe_plugin_kernel {
+  const char* name;   /* "grouped_gemm_sm80.int4" */
+  const char* format; /* "int4" */
+  const char* device; /* "CPU" or "CUDA" */
+  int min_sm, max_sm; /* 0, 0 on the CPU */
+  const char* dtypes; /* "float32 float16 bfloat16" */
+  const char* limits; /* one line */
+  int priority;
+  int available; /* 0 if this processor cannot run it */
+} qmoe_plugin_kernel;
+
+QMOE_PLUGIN_EXPORT size_t qmoe_plugin_kernel_count(void);
+/* Returns 0, or -1 if there is no such kernel. */
+QMOE_PLUGIN_EXPORT int qmoe_plugin_get_kernel(size_t index, qmoe_plugin_kernel* out);
+
+/* One (grouped) GEMM, as kernel selection sees it. */
+typedef struct qmoe_plugin_gemm_problem {
+  const char* device;     /* "CPU" or "CUDA" */
+  int sm;                 /* CUDA: compute capability */
+  const char* stage;      /* "fc1", "fc2" or "dense" */
+  const char* format;     /* "int4" */
+  const char* dtype;      /* "float32", "float16" or "bfloat16" */
+  const char* activation; /* "identity", "relu", "gelu", "silu", "swiglu", "geglu" */
+  int64_t experts, rows, n, k, block_size;
+  int zero_points, accuracy_level;
+} qmoe_plugin_gemm_problem;
+
+/* Calls `visit` for each kernel of the problem's device and format, best first, with the reason why
+ * it does not run the problem ("" if it can: the first such kernel is the one that runs). Returns
+ * 0, or -1 if a name in the problem is unknown; `visit` is then called once with kernel "" and the
+ * message. */
+QMOE_PLUGIN_EXPORT int qmoe_plugin_explain(const qmoe_plugin_gemm_problem* problem,
+                                           void (*visit)(void* user, const char* kernel,
+                                                         const char* refusal),
+                                           void* user);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* QMOE_PLUGIN_H_ */

@@ -1,0 +1,109 @@
+// What a quantised weight format is, and how one is added.
+//
+// A weight is w = (centered(code) + zero_offset) * scale, where centered(code) = Decode(code) -
+// kDefaultZeroPoint and zero_offset = kDefaultZeroPoint - zero_point (0 when the model gives no
+// zero points). A format is one header ops/formats/<name>.h with a struct of the same name in
+// namespace qmoe_plugin::formats:
+//
+//   struct int4 : FormatBase<int4, 4> {                  // bits a code: 2, 4 or 8
+//     static constexpr char kName[] = "int4";
+//     static constexpr float kDefaultZeroPoint = 8;      // 0 for formats whose codes are floats
+//     static constexpr bool kZeroPoints = true;          // may a model give zero points?
+//     QMOE_HOST_DEVICE static float Decode(uint32_t code) { return float(code); }
+//   };
+//
+// That is all a format must say: the build finds the file, registers the format and instantiates
+// every generic kernel for it. A format that wants speed also says how the 8 codes of one MMA A
+// fragment lie in memory (EncodeFragment) and how a GPU turns them into 8 numbers
+// (DequantFragment); FormatBase has plain versions of both.
+//
+// One fragment is what one lane feeds to mma.m16n8k16 as operand A. With g = lane / 4 and t = lane
+// % 4, its codes are, in register order: (g, 2t) (g, 2t+1) | (g+8, 2t) (g+8, 2t+1) | (g, 2t+8) (g,
+// 2t+9) | (g+8, 2t+8) (g+8, 2t+9) as (row of the tile, k). It takes `bits` bytes.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#if defined(__CUDACC__)
+#define QMOE_HOST_DEVICE __host__ __device__
+#define QMOE_DEVICE __device__
+#else
+#define QMOE_HOST_DEVICE
+#define QMOE_DEVICE
+#endif
+
+namespace qmoe_plugin {
+
+/// What the host knows of a format at run time. Made from the header's struct by `DescribeFormat`.
+struct Format {
+  const char* name;
+  int bits;                  // 2, 4 or 8 bits a code
+  float default_zero_point;  // subtracted from a decoded code when the model gives no zero points
+  bool zero_points;          // whether a model may give zero points
+  float centered[256];       // Decode(code) - default_zero_point for each of the 2^bits codes
+  /// Lays out the 8 codes of one fragment (see the top of this file) in `bits` bytes.
+  void (*encode_fragment)(const uint8_t* codes, uint8_t* bytes);
+
+  int codes_per_byte() const { return 8 / bits; }
+};
+
+namespace formats {
+
+/// Defaults for a format: the codes of a fragment lie in register order, lowest bits first, and are
+/// decoded one by one.
+template <class Derived, int Bits>
+struct FormatBase {
+  static_assert(Bits == 2 || Bits == 4 || Bits == 8);
+  static constexpr int kBits = Bits;
+  static constexpr uint32_t kCodeMask = (1u << Bits) - 1;
+  /// 32-bit words that hold one fragment (a 2-bit fragment fills half a word, the low half).
+  static constexpr int kFragmentWords = Bits < 4 ? 1 : Bits / 4;
+
+  QMOE_HOST_DEVICE static float Centered(uint32_t code) {
+    return Derived::Decode(code) - Derived::kDefaultZeroPoint;
+  }
+
+  static void EncodeFragment(const uint8_t* codes, uint8_t* bytes) {
+    for (int i = 0; i < Bits; ++i) bytes[i] = 0;
+    for (int i = 0; i < 8; ++i) bytes[i * Bits / 8] |= uint8_t(codes[i] << (i * Bits % 8));
+  }
+
+  /// Centered values of one fragment. T2 is float2, half2 or __nv_bfloat162; `words` has
+  /// kFragmentWords words.
+  template <class T2>
+  QMOE_DEVICE static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      const int bit = 2 * i * Bits;
+      const uint32_t pair = words[bit / 32] >> (bit % 32);
+      a[i] = T2{Centered(pair & kCodeMask), Centered((pair >> Bits) & kCodeMask)};
+    }
+  }
+};
+
+}  // namespace formats
+
+/// The run-time description of format struct F.
+template <class F>
+Format DescribeFormat() {
+  Format format{F::kName, F::kBits, F::kDefaultZeroPoint, F::kZeroPoints, {}, &F::EncodeFragment};
+  for (uint32_t code = 0; code < (1u << F::kBits); ++code)
+    format.centered[code] = F::Centered(code);
+  return format;
+}
+
+/// All registered formats, by name.
+const std::vector<const Format*>& Formats();
+
+/// The format called `name`, or null.
+const Format* FindFormat(std::string_view name);
+
+/// The format called `name`; throws an Error that lists the known ones.
+const Format& GetFormat(std::string_view name);
+
+/// Called at load time by the generated translation units of the format, and of its CUDA kernels:
+/// which comes first is undefined, so registering a name again is harmless.
+bool RegisterFormat(Format format);
+
+}  // namespace qmoe_plugin

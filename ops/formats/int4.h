@@ -1,0 +1,76 @@
+// int4: unsigned 4-bit codes, w = (q - zero_point) * scale, zero point 8 unless the model gives
+// one.
+//
+// A fragment is one word. Its four pairs of codes lie 16 bits apart, so that one AND-OR makes a
+// half2 of either:
+//   bits  0-3,  16-19   pair 0 (row g,   k = 2t, 2t+1)      bits  4-7,  20-23   pair 2 (row g,   k
+//   = 2t+8, 2t+9) bits  8-11, 24-27   pair 1 (row g+8, k = 2t, 2t+1)      bits 12-15, 28-31   pair
+//   3 (row g+8, k = 2t+8, 2t+9)
+// k mod 16 < 8 is in low nibbles, the rest in high ones: a kernel may scale x by k instead of
+// shifting codes.
+#pragma once
+
+#include "ops/formats/format.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+#endif
+
+namespace qmoe_plugin::formats {
+
+struct int4 : FormatBase<int4, 4> {
+  static constexpr char kName[] = "int4";
+  static constexpr float kDefaultZeroPoint = 8;
+  static constexpr bool kZeroPoints = true;
+
+  QMOE_HOST_DEVICE static float Decode(uint32_t code) { return float(code); }
+
+  static void EncodeFragment(const uint8_t* codes, uint8_t* bytes) {
+    bytes[0] = uint8_t(codes[0] | codes[4] << 4);
+    bytes[1] = uint8_t(codes[2] | codes[6] << 4);
+    bytes[2] = uint8_t(codes[1] | codes[5] << 4);
+    bytes[3] = uint8_t(codes[3] | codes[7] << 4);
+  }
+
+  /// Two float16: 1024 + q for pairs 0 and 1, 1024 + 16 q for pairs 2 and 3.
+  QMOE_HOST_DEVICE static constexpr uint32_t BiasedHalf2(uint32_t word, int pair) {
+    const uint32_t codes = pair & 1 ? word >> 8 : word;
+    return (codes & (pair < 2 ? 0x000f000fu : 0x00f000f0u)) | 0x64006400u;
+  }
+
+  /// Two bfloat16: 128 + q. (16 q would need more bits than bfloat16 has.)
+  QMOE_HOST_DEVICE static constexpr uint32_t BiasedBFloat162(uint32_t word, int pair) {
+    const int shift = (pair & 1 ? 8 : 0) + (pair < 2 ? 0 : 4);
+    return ((word >> shift) & 0x000f000fu) | 0x43004300u;
+  }
+
+#if defined(__CUDACC__)
+  template <class T2>
+  __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
+    if constexpr (std::is_same_v<T2, __nv_bfloat162>) {
+      const __nv_bfloat162 one = __float2bfloat162_rn(1.0f), bias = __float2bfloat162_rn(-136.0f);
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bits = BiasedBFloat162(words[0], i);
+        a[i] = __hfma2(reinterpret_cast<const __nv_bfloat162&>(bits), one, bias);
+      }
+    } else {
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bits = BiasedHalf2(words[0], i);
+        const __half2 biased = reinterpret_cast<const __half2&>(bits);
+        const __half2 centered =
+            i < 2 ? __hsub2(biased, __float2half2_rn(1032.0f))
+                  : __hfma2(biased, __float2half2_rn(0.0625f), __float2half2_rn(-72.0f));
+        if constexpr (std::is_same_v<T2, __half2>)
+          a[i] = centered;
+        else
+          a[i] = __half22float2(centered);
+      }
+    }
+  }
+#endif
+};
+
+}  // namespace qmoe_plugin::formats

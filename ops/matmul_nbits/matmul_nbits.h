@@ -1,0 +1,36 @@
+// The MatMulNBits op, free of ONNX Runtime: Y[M, N] = A[M, K] dequant(B)[N, K]^T + bias[N].
+#pragma once
+
+#include <memory>
+
+#include "ops/packed_weights.h"
+#include "ops/problem.h"
+
+namespace qmoe_plugin {
+
+class MatMulNBits {
+ public:
+  virtual ~MatMulNBits() = default;
+
+  /// Scratch memory of a run with this many rows, on the device.
+  virtual size_t WorkspaceBytes(int64_t m) const = 0;
+
+  /// Header of the packed weights: what they are and how large, for the log.
+  virtual PackedHeader Packed() const = 0;
+
+  /// Runs (CUDA: enqueues on the stream, without ever synchronizing or allocating). Thread-safe.
+  virtual void Run(const MatMulTensors& tensors, const ExecutionContext& context) const = 0;
+};
+
+/// Checks everything, selects kernels and packs. The weights may be released afterwards. Throws
+/// Error. `weights.experts` is 1; bias and group_index are optional.
+std::unique_ptr<MatMulNBits> MakeMatMulNBits(const Device& device, const MatMulConfig& config,
+                                             const Projection& weights);
+
+// One implementation a device; MakeMatMulNBits checks the config and calls one of them.
+std::unique_ptr<MatMulNBits> MakeCpuMatMulNBits(const MatMulConfig& config,
+                                                const RowReader& weights);
+std::unique_ptr<MatMulNBits> MakeCudaMatMulNBits(const Device& device, const MatMulConfig& config,
+                                                 const RowReader& weights);
+
+}  // namespace qmoe_plugin

@@ -1,0 +1,113 @@
+// The plain structs that kernels see, free of ONNX Runtime.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <limits>
+
+#include "ops/device.h"
+#include "ops/dtype.h"
+#include "ops/weights.h"
+
+namespace qmoe_plugin {
+
+/// Activation between fc1 and fc2. The gated ones take (gate, up) pairs: fc1 has 2 * inter_size
+/// rows.
+enum class Activation {
+  kIdentity,
+  kRelu,
+  kGelu,    // 0.5 x (1 + erf(x / sqrt 2))
+  kSilu,    // x sigmoid(x)
+  kSwiglu,  // g = min(gate, limit), u = clamp(up, -limit, limit): g sigmoid(alpha g) (u + beta)
+  kGeglu,   // tanh-GELU(gate) * up
+};
+
+constexpr bool IsGated(Activation a) { return a == Activation::kSwiglu || a == Activation::kGeglu; }
+
+struct ActivationParams {
+  Activation type = Activation::kRelu;
+  float alpha = 1.0f;
+  float beta = 0.0f;
+  float limit = std::numeric_limits<float>::infinity();
+};
+
+/// How accurate the arithmetic must be (attribute accuracy_level): 0 to 2 exact activations, 3
+/// allows bf16, 4 int8.
+using AccuracyLevel = int;
+
+/// What a QMoE node computes, apart from its weights. Checked by MakeQMoe.
+struct MoeConfig {
+  DType dtype = DType::kFloat32;  // activations and output: float32, float16 or bfloat16
+  int64_t hidden_size = 0;        // H
+  int64_t inter_size = 0;         // I
+  int64_t experts = 0;            // E, 1 to 1024
+  int64_t topk = 1;               // 1 to E
+  bool normalize_routing_weights = false;
+  bool use_sparse_mixer = false;  // topk must be 2
+  ActivationParams activation;
+  AccuracyLevel accuracy_level = 0;
+};
+
+/// The weights of a QMoE node as the model stores them.
+struct MoeWeights {
+  Projection fc1;  // [E, F * I, H], F = 2 when gates and ups are stored together
+  RowOrder fc1_order = RowOrder::kAsStored;
+  Projection fc2;  // [E, H, I]
+  Projection fc3;  // [E, I, H] ups; only read for RowOrder::kTwoMatrices
+};
+
+/// The tensors of one run, in the device's memory.
+struct MoeTensors {
+  int64_t tokens = 0;                  // T, may be 0
+  const void* input = nullptr;         // [T, H], config.dtype
+  const void* router_probs = nullptr;  // [T, E] logits
+  DType router_probs_dtype = DType::kFloat32;
+  const void* router_weights = nullptr;  // optional [T, E]
+  DType router_weights_dtype = DType::kFloat32;
+  void* output = nullptr;  // [T, H], config.dtype; may be `input` itself
+};
+
+/// What a MatMulNBits node computes, apart from its weights. Y[M, N] = A[M, K] B^T + bias.
+struct MatMulConfig {
+  DType dtype = DType::kFloat32;
+  int64_t n = 0, k = 0;
+  AccuracyLevel accuracy_level = 0;
+};
+
+struct MatMulTensors {
+  int64_t m = 0;            // rows of A, may be 0
+  const void* a = nullptr;  // [M, K], config.dtype
+  void* y = nullptr;        // [M, N], config.dtype
+};
+
+/// Runs fn(i) for i in [0, total) on the session's thread pool and returns when all are done.
+/// fn must not throw, nor start another parallel loop.
+using ParallelFor = std::function<void(size_t total, const std::function<void(size_t)>& fn)>;
+
+/// What a run may use. `workspace` has at least the bytes that WorkspaceBytes() asked for, 256-byte
+/// aligned, in the device's memory; its content is undefined.
+struct ExecutionContext {
+  void* stream = nullptr;    // cudaStream_t; CUDA only
+  ParallelFor parallel_for;  // CPU only
+  void* workspace = nullptr;
+};
+
+/// Which part of which op a GEMM serves; kernels may differ in what they refuse.
+enum class GemmStage { kFc1, kFc2, kDense };
+
+/// All that kernel selection looks at: one (grouped) GEMM y = x W^T.
+struct GemmProblem {
+  GemmStage stage = GemmStage::kDense;
+  DType dtype = DType::kFloat32;  // of x and y
+  const Format* format = nullptr;
+  int64_t experts = 1;
+  int64_t rows = 0;  // rows of x over all experts: M, or tokens * topk
+  int64_t n = 0, k = 0;
+  int64_t block_size = 0;  // 0 = per channel
+  bool zero_points = false;
+  Activation activation = Activation::kIdentity;  // applied in the epilogue; fc1 only
+  AccuracyLevel accuracy_level = 0;
+};
+
+}  // namespace qmoe_plugin

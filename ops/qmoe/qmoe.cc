@@ -1,0 +1,58 @@
+#include "ops/qmoe/qmoe.h"
+
+#include "ops/error.h"
+
+namespace qmoe_plugin {
+namespace {
+
+constexpr int64_t kMaxExperts = 1024;
+
+void CheckConfig(const MoeConfig& c) {
+  QMOE_REQUIRE(IsFloat(c.dtype), "activations are ", Name(c.dtype),
+               "; allowed are float32, float16 and bfloat16");
+  QMOE_REQUIRE(c.hidden_size > 0 && c.inter_size > 0, "hidden_size ", c.hidden_size,
+               " and inter_size ", c.inter_size, " must be positive");
+  QMOE_REQUIRE(c.experts >= 1 && c.experts <= kMaxExperts, "the node has ", c.experts,
+               " experts; allowed are 1 to ", kMaxExperts);
+  QMOE_REQUIRE(c.topk >= 1 && c.topk <= c.experts, "k is ", c.topk,
+               "; it must be from 1 to the number of experts, ", c.experts);
+  QMOE_REQUIRE(!c.use_sparse_mixer || c.topk == 2, "use_sparse_mixer=1 needs k=2, not k=", c.topk);
+  QMOE_REQUIRE(c.accuracy_level >= 0 && c.accuracy_level <= 4, "accuracy_level is ",
+               c.accuracy_level, "; allowed are 0 to 4");
+}
+
+void CheckProjectionShape(const Projection& p, int64_t experts, int64_t n, int64_t k) {
+  QMOE_REQUIRE(p.experts == experts && p.n == n && p.k == k, p.name, " holds ", p.experts, " x ",
+               p.n, " x ", p.k, " weights; this node needs ", experts, " x ", n, " x ", k,
+               " = [experts, rows, columns]");
+}
+
+}  // namespace
+
+RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights) {
+  const bool two_matrices = weights.fc1_order == RowOrder::kTwoMatrices;
+  QMOE_REQUIRE(
+      !two_matrices || IsGated(config.activation.type),
+      "fc3 is given, but the activation is not gated; leave fc3 out, or use swiglu or geglu");
+  const bool fused = IsGated(config.activation.type) && !two_matrices;
+  const int64_t rows = config.inter_size * (fused ? 2 : 1);
+  CheckProjectionShape(weights.fc1, config.experts, rows, config.hidden_size);
+  if (!two_matrices) return RowReader(weights.fc1, weights.fc1_order);
+  CheckProjectionShape(weights.fc3, config.experts, rows, config.hidden_size);
+  return RowReader(weights.fc1, weights.fc3);
+}
+
+RowReader MakeFc2Reader(const MoeConfig& config, const MoeWeights& weights) {
+  CheckProjectionShape(weights.fc2, config.experts, config.hidden_size, config.inter_size);
+  return RowReader(weights.fc2);
+}
+
+std::unique_ptr<QMoe> MakeQMoe(const Device& device, const MoeConfig& config,
+                               const MoeWeights& weights) {
+  CheckConfig(config);
+  const RowReader fc1 = MakeFc1Reader(config, weights), fc2 = MakeFc2Reader(config, weights);
+  if (device.type == DeviceType::kCpu) return MakeCpuQMoe(config, fc1, fc2);
+  return MakeCudaQMoe(device, config, fc1, fc2);
+}
+
+}  // namespace qmoe_plugin

@@ -1,0 +1,213 @@
+// QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute.
+//
+// Long inputs are processed in chunks of tokens, one after the other in the same workspace, so that
+// the intermediate rows take at most kChunkBytes. Each token's output depends on its own input row
+// only, and a chunk's output is written after its input has been read for the last time: the output
+// may be the input.
+#include <algorithm>
+
+#include "ops/common/cuda_host.h"
+#include "ops/gemm/packed_gemm.cuh"
+#include "ops/qmoe/permute.cuh"
+#include "ops/qmoe/qmoe.h"
+#include "ops/qmoe/route.cuh"
+#include "ops/qmoe/unpermute.cuh"
+
+namespace qmoe_plugin {
+namespace {
+
+/// Intermediate rows of fc1 and fc2 together. Weights are read once a chunk; with this much there
+/// are at least some hundred rows an expert, where that is hidden behind arithmetic.
+constexpr int64_t kChunkBytes = int64_t(256) << 20;
+constexpr int64_t kMinChunkTokens = 16;
+
+/// Hands out pieces of the workspace, 256-byte aligned; from a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
+  template <class T>
+  T* Take(int64_t elements) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (size_t(elements) * sizeof(T) + 255) / 256 * 256;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  uintptr_t base_;
+  size_t used_ = 0;
+};
+
+GemmProblem Problem(GemmStage stage, const MoeConfig& config, const RowReader& reader) {
+  GemmProblem problem;
+  problem.stage = stage;
+  problem.dtype = config.dtype;
+  problem.format = &reader.format();
+  problem.experts = config.experts;
+  problem.n = reader.rows();
+  problem.k = reader.k();
+  problem.block_size = reader.block_size();
+  problem.zero_points = reader.has_zero_points();
+  if (stage == GemmStage::kFc1) problem.activation = config.activation.type;
+  problem.accuracy_level = config.accuracy_level;
+  return problem;
+}
+
+class CudaQMoe final : public QMoe {
+ public:
+  CudaQMoe(const Device& device, const MoeConfig& config, const RowReader& fc1,
+           const RowReader& fc2)
+      : device_(device),
+        config_(config),
+        fc1_(device, Problem(GemmStage::kFc1, config, fc1), config.topk, config.activation, fc1),
+        fc2_(device, Problem(GemmStage::kFc2, config, fc2), config.topk,
+             {.type = Activation::kIdentity}, fc2) {
+    const DeviceScope scope(device.index);
+    PrepareRoute();
+    PreparePermute();
+    PrepareUnpermute(config.dtype);
+    const int64_t token_bytes =
+        config.topk * (config.inter_size + config.hidden_size) * int64_t(SizeOf(config.dtype));
+    chunk_tokens_ = std::max(kMinChunkTokens, kChunkBytes / token_bytes);
+  }
+
+  size_t WorkspaceBytes(int64_t tokens) const override {
+    // The last chunk has fewer rows, but may use smaller row tiles and so need a longer list of
+    // them.
+    return std::max(ChunkBytes(std::min(tokens, chunk_tokens_)),
+                    ChunkBytes(tokens % chunk_tokens_));
+  }
+
+  std::vector<PackedHeader> Packed() const override { return {fc1_.header(), fc2_.header()}; }
+
+  void Run(const MoeTensors& tensors, const ExecutionContext& context) const override {
+    const DeviceScope scope(device_.index);
+    for (int64_t first = 0; first < tensors.tokens; first += chunk_tokens_)
+      RunChunk(tensors, first, std::min(chunk_tokens_, tensors.tokens - first), context);
+  }
+
+ private:
+  /// Where the intermediate tensors of a chunk lie.
+  struct Buffers {
+    PackedGemm::Choice fc1, fc2;
+    int64_t fc1_max_tiles, fc2_max_tiles;
+    int* expert_ids;      // [T, k]
+    float* scales;        // [T, k]
+    int* expert_offsets;  // [E + 1]
+    int* row_token;       // [T * k]
+    int* sorted_row;      // [T, k]
+    RowTile *fc1_tiles, *fc2_tiles;
+    int *fc1_tile_count, *fc2_tile_count;
+    char* hidden;  // [T * k, I] sorted rows
+    char* y;       // [T * k, H] sorted rows
+  };
+
+  size_t ChunkBytes(int64_t tokens) const {
+    Arena arena(nullptr);
+    if (tokens > 0) Plan(tokens, arena);
+    return arena.used();
+  }
+
+  Buffers Plan(int64_t tokens, Arena& arena) const {
+    const int64_t rows = tokens * config_.topk, size = int64_t(SizeOf(config_.dtype));
+    Buffers b;
+    b.fc1 = fc1_.Choose(rows), b.fc2 = fc2_.Choose(rows);
+    b.fc1_max_tiles = MaxRowTiles(rows, config_.experts, b.fc1.tile_rows);
+    b.fc2_max_tiles = MaxRowTiles(rows, config_.experts, b.fc2.tile_rows);
+    b.expert_ids = arena.Take<int>(rows);
+    b.scales = arena.Take<float>(rows);
+    b.expert_offsets = arena.Take<int>(config_.experts + 1);
+    b.row_token = arena.Take<int>(rows);
+    b.sorted_row = arena.Take<int>(rows);
+    b.fc1_tiles = arena.Take<RowTile>(b.fc1_max_tiles);
+    b.fc2_tiles = arena.Take<RowTile>(b.fc2_max_tiles);
+    b.fc1_tile_count = arena.Take<int>(1);
+    b.fc2_tile_count = arena.Take<int>(1);
+    b.hidden = arena.Take<char>(rows * config_.inter_size * size);
+    b.y = arena.Take<char>(rows * config_.hidden_size * size);
+    return b;
+  }
+
+  void RunChunk(const MoeTensors& tensors, int64_t first, int64_t tokens,
+                const ExecutionContext& context) const {
+    const auto stream = static_cast<cudaStream_t>(context.stream);
+    Arena arena(context.workspace);
+    const Buffers b = Plan(tokens, arena);
+    const int64_t row_bytes = config_.hidden_size * int64_t(SizeOf(config_.dtype));
+
+    RouteArgs route{};
+    route.logits_dtype = tensors.router_probs_dtype;
+    route.logits = RowsFrom(tensors.router_probs, route.logits_dtype, first);
+    route.weights_dtype = tensors.router_weights_dtype;
+    if (tensors.router_weights != nullptr)
+      route.weights = RowsFrom(tensors.router_weights, route.weights_dtype, first);
+    route.tokens = int(tokens);
+    route.experts = int(config_.experts);
+    route.topk = int(config_.topk);
+    route.normalize = config_.normalize_routing_weights;
+    route.sparse_mixer = config_.use_sparse_mixer;
+    route.expert_ids = b.expert_ids;
+    route.scales = b.scales;
+    LaunchRoute(route, stream);
+
+    const int rows = int(tokens * config_.topk);
+    LaunchPermute({.expert_ids = b.expert_ids,
+                   .rows = rows,
+                   .experts = route.experts,
+                   .topk = route.topk,
+                   .expert_offsets = b.expert_offsets,
+                   .row_token = b.row_token,
+                   .sorted_row = b.sorted_row,
+                   .fc1 = {b.fc1.tile_rows, b.fc1_tiles, b.fc1_tile_count},
+                   .fc2 = {b.fc2.tile_rows, b.fc2_tiles, b.fc2_tile_count}},
+                  stream);
+
+    GemmArgs fc1 = fc1_.Args(b.fc1);
+    fc1.x = static_cast<const char*>(tensors.input) + first * row_bytes;
+    fc1.x_stride = config_.hidden_size;
+    fc1.x_rows = b.row_token;
+    fc1.tiles = b.fc1_tiles, fc1.tile_count = b.fc1_tile_count, fc1.max_tiles = b.fc1_max_tiles;
+    fc1.rows = rows;
+    fc1.y = b.hidden;
+    fc1.y_stride = config_.inter_size;
+    b.fc1.gemm->launch(fc1, stream);
+
+    GemmArgs fc2 = fc2_.Args(b.fc2);
+    fc2.x = b.hidden;
+    fc2.x_stride = config_.inter_size;
+    fc2.tiles = b.fc2_tiles, fc2.tile_count = b.fc2_tile_count, fc2.max_tiles = b.fc2_max_tiles;
+    fc2.rows = rows;
+    fc2.y = b.y;
+    fc2.y_stride = config_.hidden_size;
+    b.fc2.gemm->launch(fc2, stream);
+
+    LaunchUnpermute({.dtype = config_.dtype,
+                     .y = b.y,
+                     .sorted_row = b.sorted_row,
+                     .scales = b.scales,
+                     .tokens = int(tokens),
+                     .topk = route.topk,
+                     .hidden_size = int(config_.hidden_size),
+                     .output = static_cast<char*>(tensors.output) + first * row_bytes},
+                    stream);
+  }
+
+  /// Row `first` of a [T, E] tensor.
+  const void* RowsFrom(const void* data, DType dtype, int64_t first) const {
+    return static_cast<const char*>(data) + first * config_.experts * int64_t(SizeOf(dtype));
+  }
+
+  Device device_;
+  MoeConfig config_;
+  PackedGemm fc1_, fc2_;
+  int64_t chunk_tokens_;
+};
+
+}  // namespace
+
+std::unique_ptr<QMoe> MakeCudaQMoe(const Device& device, const MoeConfig& config,
+                                   const RowReader& fc1, const RowReader& fc2) {
+  return std::make_unique<CudaQMoe>(device, config, fc1, fc2);
+}
+
+}  // namespace qmoe_plugin

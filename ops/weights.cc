@@ -1,0 +1,275 @@
+#include "ops/weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <utility>
+
+#include "ops/error.h"
+
+namespace qmoe_plugin {
+namespace {
+
+constexpr int64_t kMaxDimension = int64_t(1) << 31;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::string ShapeText(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+/// Bytes along K of one stored row of codes.
+int64_t CodeBytes(const Projection& p) {
+  const int64_t rank = int64_t(p.codes.shape.size());
+  return rank == 0 ? 0 : p.codes.shape[rank - 1];
+}
+
+void CheckCodes(const Projection& p) {
+  const int bits = p.format->bits;
+  const int64_t tight = CeilDiv(p.k * bits, 8);
+  const int64_t padded = p.block_size ? p.groups() * p.block_size * bits / 8 : tight;
+  QMOE_REQUIRE(p.codes.present, p.name, " weights are missing");
+  QMOE_REQUIRE(p.codes.dtype == DType::kUint8, p.name, " weights are ", Name(p.codes.dtype),
+               "; raw ", p.format->name, " weights must be uint8");
+  const std::vector<int64_t> shape{p.experts, p.n, tight}, padded_shape{p.experts, p.n, padded};
+  QMOE_REQUIRE(p.codes.shape == shape || p.codes.shape == padded_shape, p.name,
+               " weights have shape ", ShapeText(p.codes.shape), "; raw ", p.format->name,
+               " weights of this node must be ", ShapeText(shape),
+               " = [experts, rows, columns * bits / 8]");
+}
+
+void CheckScales(const Projection& p) {
+  QMOE_REQUIRE(p.scales.present, p.name, " scales are missing; ", p.format->name,
+               " weights need scales of shape [experts, rows] or [experts, rows, blocks]");
+  QMOE_REQUIRE(IsFloat(p.scales.dtype), p.name, " scales are ", Name(p.scales.dtype),
+               "; allowed are float32, float16 and bfloat16");
+  const std::vector<int64_t> with_groups{p.experts, p.n, p.groups()}, per_row{p.experts, p.n};
+  const bool ok = p.scales.shape == with_groups || (p.groups() == 1 && p.scales.shape == per_row);
+  QMOE_REQUIRE(ok, p.name, " scales have shape ", ShapeText(p.scales.shape), "; with ",
+               p.block_size ? Concat("block_size ", p.block_size) : "one scale a row",
+               " they must be ", ShapeText(with_groups), " = [experts, rows, blocks]");
+}
+
+void CheckProjection(const Projection& p) {
+  QMOE_REQUIRE(p.format != nullptr, p.name, " has no weight format");
+  for (int64_t dimension : {p.experts, p.n, p.k})
+    QMOE_REQUIRE(dimension > 0 && dimension < kMaxDimension, p.name, " has ", p.experts,
+                 " experts of ", p.n, " x ", p.k,
+                 " weights; every dimension must be positive and below 2^31");
+  QMOE_REQUIRE(p.block_size >= 0, p.name, " block_size is ", p.block_size,
+               "; it must be 0 (one scale a row) or positive");
+  const bool power_of_two = (p.block_size & (p.block_size - 1)) == 0;
+  QMOE_REQUIRE(p.block_size == 0 || (power_of_two && p.block_size >= 16 && p.block_size <= 65536),
+               p.name, " block_size is ", p.block_size,
+               "; it must be a power of two from 16 to 65536");
+  CheckCodes(p);
+  CheckScales(p);
+  QMOE_REQUIRE(p.format->zero_points || !p.zero_points.present, p.name,
+               " has zero points, but format ", p.format->name, " takes none; remove them");
+  if (p.bias.present) {
+    const std::vector<int64_t> shape{p.experts, p.n};
+    QMOE_REQUIRE(IsFloat(p.bias.dtype) && p.bias.shape == shape, p.name, " bias is ",
+                 p.bias.Describe(), "; it must be a float tensor of shape ", ShapeText(shape));
+  }
+}
+
+uint32_t BitsAt(const uint8_t* bytes, int64_t index, int bits) {
+  const int64_t bit = index * bits;
+  return (uint32_t(bytes[bit / 8]) >> (bit % 8)) & ((1u << bits) - 1);
+}
+
+/// Expands the first `count` codes of a packed row into bytes.
+void Unpack(const uint8_t* packed, int bits, int64_t count, uint8_t* out) {
+  if (bits == 8) {
+    std::copy_n(packed, count, out);
+  } else if (bits == 4) {
+    for (int64_t i = 0; i < count / 2; ++i) {
+      out[2 * i] = packed[i] & 0xf;
+      out[2 * i + 1] = packed[i] >> 4;
+    }
+    if (count % 2) out[count - 1] = packed[count / 2] & 0xf;
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = uint8_t(BitsAt(packed, i, bits));
+  }
+}
+
+}  // namespace
+
+int64_t TensorView::elements() const {
+  return std::accumulate(shape.begin(), shape.end(), int64_t(1), std::multiplies<>());
+}
+
+std::string TensorView::Describe() const { return Name(dtype) + ShapeText(shape); }
+
+RowReader::RowReader(Projection projection, RowOrder order)
+    : parts_{std::move(projection)}, order_(order) {
+  const Projection& p = parts_[0];
+  CheckProjection(p);
+  zero_points_.push_back(ZeroPointsOf(p));
+  QMOE_REQUIRE(order != RowOrder::kTwoMatrices, p.name,
+               " needs a second matrix for its up projection");
+  QMOE_REQUIRE(order != RowOrder::kHalves || p.n % 2 == 0, p.name, " has ", p.n,
+               " rows; gates and ups together must be even in number");
+  groups_ = p.groups();
+  packed_k_ = p.k;
+  if (p.group_index.present) BuildKOrder();
+}
+
+RowReader::RowReader(Projection gate, Projection up)
+    : parts_{std::move(gate), std::move(up)}, order_(RowOrder::kTwoMatrices) {
+  for (const Projection& p : parts_) {
+    CheckProjection(p);
+    zero_points_.push_back(ZeroPointsOf(p));
+    QMOE_REQUIRE(!p.group_index.present, p.name, " must not have a group index");
+  }
+  const Projection &a = parts_[0], &b = parts_[1];
+  QMOE_REQUIRE(a.format == b.format && a.experts == b.experts && a.n == b.n && a.k == b.k &&
+                   a.block_size == b.block_size,
+               a.name, " (", a.format->name, " ", a.experts, " x ", a.n, " x ", a.k,
+               ", block_size ", a.block_size, ") and ", b.name, " (", b.format->name, " ",
+               b.experts, " x ", b.n, " x ", b.k, ", block_size ", b.block_size,
+               ") must have the same format and shape");
+  groups_ = a.groups();
+  packed_k_ = a.k;
+}
+
+RowReader::ZeroPoints RowReader::ZeroPointsOf(const Projection& p) {
+  const TensorView& zp = p.zero_points;
+  if (!zp.present) return ZeroPoints::kNone;
+  const int bits = p.format->bits;
+  const int64_t groups = p.groups();
+  const std::vector<int64_t> packed{p.experts, p.n, CeilDiv(groups * bits, 8)};
+  const std::vector<int64_t> across{p.experts, CeilDiv(p.n * bits, 8)};
+  const std::vector<int64_t> full{p.experts, p.n, groups}, row{p.experts, p.n};
+  const bool is_full = zp.shape == full || (groups == 1 && zp.shape == row);
+  if (IsFloat(zp.dtype) && is_full) return ZeroPoints::kFloat;
+  if (zp.dtype == DType::kUint8) {
+    if (zp.shape == packed) return ZeroPoints::kPackedByRow;
+    if (p.block_size == 0 && zp.shape == across) return ZeroPoints::kPackedAcrossRows;
+    if (is_full) return ZeroPoints::kOneByte;
+  }
+  FailInvalid(p.name, " zero points are ", zp.Describe(), "; allowed are uint8", ShapeText(packed),
+              " (packed, lowest bits first), ",
+              p.block_size ? "" : Concat("uint8", ShapeText(across), " (packed), "),
+              "or uint8, float32, float16 or bfloat16 ", ShapeText(full), " (one a block)");
+}
+
+/// Sorts K by block, so that blocks are contiguous again; a block of more than block_size columns
+/// becomes several with the same scale, a smaller one is padded.
+void RowReader::BuildKOrder() {
+  const Projection& p = parts_[0];
+  const int64_t stored_groups = p.groups(), given = p.group_index.elements();
+  QMOE_REQUIRE(p.group_index.dtype == DType::kInt32 && p.group_index.shape.size() == 1 &&
+                   (given == p.k || given == stored_groups * p.block_size),
+               p.name, " g_idx is ", p.group_index.Describe(), "; it must be int32[", p.k, "]");
+  QMOE_REQUIRE(p.block_size > 0, p.name, " has a g_idx but one scale a row; remove the g_idx");
+  const int32_t* group_of = static_cast<const int32_t*>(p.group_index.data);
+  std::vector<std::vector<int32_t>> members(stored_groups);
+  for (int64_t k = 0; k < p.k; ++k) {
+    QMOE_REQUIRE(group_of[k] >= 0 && group_of[k] < stored_groups, p.name, " g_idx[", k, "] is ",
+                 group_of[k], "; it must be from 0 to ", stored_groups - 1);
+    members[group_of[k]].push_back(int32_t(k));
+  }
+  for (int64_t group = 0; group < stored_groups; ++group) {
+    const auto& columns = members[group];
+    k_order_.insert(k_order_.end(), columns.begin(), columns.end());
+    const int64_t blocks = CeilDiv(int64_t(columns.size()), p.block_size);
+    group_order_.insert(group_order_.end(), blocks, int32_t(group));
+    k_order_.resize(group_order_.size() * p.block_size, -1);
+  }
+  groups_ = int64_t(group_order_.size());
+  packed_k_ = int64_t(k_order_.size());
+}
+
+int64_t RowReader::rows() const {
+  return order_ == RowOrder::kTwoMatrices ? 2 * parts_[0].n : parts_[0].n;
+}
+
+bool RowReader::has_zero_points() const {
+  return std::any_of(parts_.begin(), parts_.end(),
+                     [](const Projection& p) { return p.zero_points.present; });
+}
+
+bool RowReader::has_bias() const {
+  return std::any_of(parts_.begin(), parts_.end(),
+                     [](const Projection& p) { return p.bias.present; });
+}
+
+RowReader::Place RowReader::Locate(int64_t row) const {
+  switch (order_) {
+    case RowOrder::kHalves:
+      return {&parts_[0], row / 2 + (row % 2) * (parts_[0].n / 2)};
+    case RowOrder::kTwoMatrices:
+      return {&parts_[row % 2], row / 2};
+    case RowOrder::kAsStored:
+      break;
+  }
+  return {&parts_[0], row};
+}
+
+void RowReader::Codes(int64_t expert, int64_t row, uint8_t* out) const {
+  const auto [p, stored] = Locate(row);
+  const uint8_t* packed =
+      static_cast<const uint8_t*>(p->codes.data) + (expert * p->n + stored) * CodeBytes(*p);
+  if (k_order_.empty()) {
+    Unpack(packed, p->format->bits, p->k, out);
+    return;
+  }
+  for (size_t k = 0; k < k_order_.size(); ++k)
+    out[k] = k_order_[k] < 0 ? 0 : uint8_t(BitsAt(packed, k_order_[k], p->format->bits));
+}
+
+void RowReader::Scales(int64_t expert, int64_t row, float* out) const {
+  const auto [p, stored] = Locate(row);
+  const int64_t stored_groups = p->groups(), base = (expert * p->n + stored) * stored_groups;
+  for (int64_t group = 0; group < groups_; ++group) {
+    const int64_t source = group_order_.empty() ? group : group_order_[group];
+    out[group] = LoadFloat(p->scales.data, p->scales.dtype, size_t(base + source));
+    QMOE_REQUIRE(std::isfinite(out[group]), p->name, " scale of expert ", expert, ", row ", stored,
+                 ", block ", source, " is ", out[group], "; scales must be finite");
+  }
+}
+
+void RowReader::ZeroOffsets(int64_t expert, int64_t row, float* out) const {
+  const auto [p, stored] = Locate(row);
+  const ZeroPoints kind = zero_points_[p - parts_.data()];
+  const int64_t stored_groups = p->groups(), flat = expert * p->n + stored;
+  const int bits = p->format->bits;
+  const uint8_t* bytes = static_cast<const uint8_t*>(p->zero_points.data);
+  for (int64_t group = 0; group < groups_; ++group) {
+    const int64_t source = group_order_.empty() ? group : group_order_[group];
+    float zero_point = p->format->default_zero_point;
+    switch (kind) {
+      case ZeroPoints::kNone:
+        break;
+      case ZeroPoints::kPackedByRow:
+        zero_point = float(BitsAt(bytes + flat * CeilDiv(stored_groups * bits, 8), source, bits));
+        break;
+      case ZeroPoints::kPackedAcrossRows:
+        zero_point = float(BitsAt(bytes + expert * CeilDiv(p->n * bits, 8), stored, bits));
+        break;
+      case ZeroPoints::kOneByte:
+        zero_point = float(bytes[flat * stored_groups + source]);
+        break;
+      case ZeroPoints::kFloat:
+        zero_point = LoadFloat(p->zero_points.data, p->zero_points.dtype,
+                               size_t(flat * stored_groups + source));
+        QMOE_REQUIRE(std::isfinite(zero_point), p->name, " zero point of expert ", expert, ", row ",
+                     stored, ", block ", source, " is ", zero_point,
+                     "; zero points must be finite");
+        break;
+    }
+    out[group] = p->format->default_zero_point - zero_point;
+  }
+}
+
+float RowReader::Bias(int64_t expert, int64_t row) const {
+  const auto [p, stored] = Locate(row);
+  if (!p->bias.present) return 0.0f;
+  return LoadFloat(p->bias.data, p->bias.dtype, size_t(expert * p->n + stored));
+}
+
+}  // namespace qmoe_plugin
