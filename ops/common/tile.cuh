@@ -1,0 +1,145 @@
+// What every GEMM kernel does with a 16 x 64 tile of packed weights: find its row tile, load a
+// lane's codes and scales, decode them, and finish the sums.
+#pragma once
+
+#include "ops/common/ptx.cuh"
+#include "ops/common/types.cuh"
+#include "ops/gemm/gemm.cuh"
+#include "ops/gemm/layout.h"
+
+namespace qmoe_plugin {
+
+/// Row tile `index` of the launch; false if there are not so many.
+__device__ inline bool GetRowTile(const GemmArgs& args, int64_t index, RowTile* tile) {
+  if (args.tiles != nullptr) {
+    if (index >= *args.tile_count) return false;
+    *tile = args.tiles[index];
+    return true;
+  }
+  const int64_t begin = index * args.tile_rows;
+  *tile = {0, int(begin), int(min(int64_t(args.tile_rows), args.rows - begin))};
+  return true;
+}
+
+/// Row of x that sorted row `row` reads.
+template <class T>
+__device__ const T* XRow(const GemmArgs& args, int row) {
+  const int64_t index = args.x_rows != nullptr ? args.x_rows[row] : row;
+  return static_cast<const T*>(args.x) + index * args.x_stride;
+}
+
+/// Codes of weight row tile `row_tile`, k tile 0.
+__device__ inline const uint8_t* TileCodes(const GemmArgs& args, int expert, int row_tile) {
+  return args.codes + (int64_t(expert) * args.row_tiles + row_tile) * args.tile_bytes;
+}
+
+/// Scales (or zero offsets) of a row tile, [groups, 16].
+template <class S>
+__device__ const S* TileScales(const void* section, const GemmArgs& args, int groups, int expert,
+                               int row_tile) {
+  return static_cast<const S*>(section) +
+         (int64_t(expert) * args.row_tiles + row_tile) * groups * kTileRows;
+}
+
+/// The codes of one lane in one tile, as words.
+template <class F>
+struct LaneCodes {
+  uint32_t words[F::kBits];
+
+  __device__ void LoadGlobal(const uint8_t* tile, int lane) {
+    if constexpr (F::kBits == 2) {
+      Set(0, LoadStreaming8(tile + lane * 8));
+    } else {
+#pragma unroll
+      for (int c = 0; c < F::kBits / 4; ++c)
+        Set(4 * c, LoadStreaming16(tile + c * ChunkBytes(F::kBits) + lane * 16));
+    }
+  }
+
+  __device__ void LoadShared(const char* tile, int lane) {
+    if constexpr (F::kBits == 2) {
+      Set(0, *reinterpret_cast<const uint2*>(tile + lane * 8));
+    } else {
+#pragma unroll
+      for (int c = 0; c < F::kBits / 4; ++c)
+        Set(4 * c, *reinterpret_cast<const uint4*>(tile + c * ChunkBytes(F::kBits) + lane * 16));
+    }
+  }
+
+  /// Centered values of fragment j, two of each row: (g, k..), (g+8, k..), (g, k+8..), (g+8,
+  /// k+8..).
+  template <class T2>
+  __device__ void Dequant(int j, T2 (&a)[4]) const {
+    if constexpr (F::kBits == 2) {
+      const uint32_t half_word = words[j / 2] >> (16 * (j % 2));
+      F::DequantFragment(&half_word, a);
+    } else {
+      F::DequantFragment(words + j * F::kFragmentWords, a);
+    }
+  }
+
+ private:
+  __device__ void Set(int i, uint2 v) { words[i] = v.x, words[i + 1] = v.y; }
+  __device__ void Set(int i, uint4 v) {
+    words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
+  }
+};
+
+/// One activated value out of v, or out of gate v and up u.
+__device__ inline float Activate(const ActivationParams& p, float v, float u) {
+  switch (p.type) {
+    case Activation::kIdentity:
+      return v;
+    case Activation::kRelu:
+      return v < 0 ? 0 : v;  // keeps NaN
+    case Activation::kGelu:
+      return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
+    case Activation::kSilu:
+      return v / (1.0f + expf(-v));
+    case Activation::kSwiglu: {
+      const float gate = v > p.limit ? p.limit : v;
+      const float up = u > p.limit ? p.limit : u < -p.limit ? -p.limit : u;
+      return gate / (1.0f + expf(-p.alpha * gate)) * (up + p.beta);
+    }
+    case Activation::kGeglu: {
+      const float inner = 0.79788456080286536f * (v + 0.044715f * v * v * v);
+      return 0.5f * v * (1.0f + tanhf(inner)) * u;
+    }
+  }
+  return v;
+}
+
+/// Writes y of one row tile: `sums` in shared memory is [row_count, stride], with 16 accumulators
+/// in tile row order for each of kRowTiles weight row tiles from `first_row_tile` on. All kThreads
+/// threads of the block take part; one thread keeps to one column.
+template <class T, int kThreads, int kRowTiles>
+__device__ void StoreRowTile(const GemmArgs& args, const RowTile& tile, int first_row_tile,
+                             const float* sums, int stride) {
+  const int per_tile = args.gated ? kTileRows / 2 : kTileRows;  // columns of y
+  const int columns = per_tile * kRowTiles;
+  static_assert(kThreads % (kTileRows * kRowTiles) == 0);
+  const int column = threadIdx.x % columns, tile_row = column % per_tile;
+  const int row_tile = first_row_tile + column / per_tile;
+  const int64_t y_column = int64_t(row_tile) * per_tile + tile_row;
+  if (y_column >= (args.gated ? args.n / 2 : args.n)) return;
+
+  const int64_t row_base = (int64_t(tile.expert) * args.row_tiles + row_tile) * kTileRows;
+  const int slot = SlotOfTileRow(tile_row);  // gated: the up is in the next slot
+  const float scale = args.row_scales[row_base + slot];
+  const float bias = args.bias != nullptr ? args.bias[row_base + slot] : 0.0f;
+  float up_scale = 0, up_bias = 0;
+  if (args.gated) {
+    up_scale = args.row_scales[row_base + slot + 1];
+    if (args.bias != nullptr) up_bias = args.bias[row_base + slot + 1];
+  }
+  const float* sum = sums + column / per_tile * kTileRows + tile_row;
+  T* y = static_cast<T*>(args.y) + y_column;
+  for (int row = threadIdx.x / columns; row < tile.row_count; row += kThreads / columns) {
+    const float v = sum[row * stride] * scale + bias;
+    const float u = args.gated ? sum[row * stride + 8] * up_scale + up_bias : 0.0f;
+    y[(tile.row_begin + int64_t(row)) * args.y_stride] =
+        FromFloat<T>(Activate(args.activation, v, u));
+  }
+}
+
+}  // namespace qmoe_plugin

@@ -1,0 +1,56 @@
+// Activation and scale types as CUDA spells them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "ops/dtype.h"
+
+namespace qmoe_plugin {
+
+__device__ inline float ToFloat(float x) { return x; }
+__device__ inline float ToFloat(__half x) { return __half2float(x); }
+__device__ inline float ToFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ T FromFloat(float x) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else
+    return x;
+}
+
+/// Type of block scales and zero offsets beside activations of type T.
+template <class T>
+using ScaleOf = std::conditional_t<std::is_same_v<T, float>, float, __half>;
+
+/// A pair of them, for the two rows of a lane.
+template <class T>
+using Scale2Of = std::conditional_t<std::is_same_v<T, float>, float2, __half2>;
+
+__device__ inline float2 ToFloat2(float2 x) { return x; }
+__device__ inline float2 ToFloat2(__half2 x) { return __half22float2(x); }
+
+/// Element `index` of a float32, float16 or bfloat16 array whose type is known at run time only.
+__device__ inline float LoadAsFloat(const void* data, DType dtype, int64_t index) {
+  if (dtype == DType::kFloat16) return ToFloat(static_cast<const __half*>(data)[index]);
+  if (dtype == DType::kBFloat16) return ToFloat(static_cast<const __nv_bfloat16*>(data)[index]);
+  return static_cast<const float*>(data)[index];
+}
+
+/// Calls fn(T()) with the type that `dtype` names: float, __half or __nv_bfloat16.
+template <class Fn>
+void WithType(DType dtype, Fn&& fn) {
+  if (dtype == DType::kFloat16)
+    fn(__half());
+  else if (dtype == DType::kBFloat16)
+    fn(__nv_bfloat16());
+  else
+    fn(float());
+}
+
+}  // namespace qmoe_plugin

@@ -1,0 +1,134 @@
+// What pipelines (ops/qmoe/qmoe.cu, ops/matmul_nbits/matmul_nbits.cu) and the CUDA GEMM kernels
+// beside this file know of each other.
+//
+// All kernels compute the same: for each row tile (expert e, rows r0 to r0 + count) and each output
+// feature n
+//
+//   acc[r, n] = sum over k of x[x_rows[r], k] * (centered(code[e, n, k]) + zero_offset) *
+//   block_scale     (float32 sums) v[r, n]   = acc * row_scale + bias y[r, n]   = activation(v[r,
+//   n]), or activation(gate, up) of two rows for gated weights, rounded once
+//
+// Rows are sorted by expert. Row tiles never mix experts and hold at most tile_rows rows. The list
+// of them is made on the device (ops/qmoe/permute.cu), so grids are sized for the worst case and
+// blocks beyond the list's end return at once.
+//
+// A kernel is a header ops/gemm/<stem>.cuh with a namespace <stem> that has
+//   template <class F> struct Gemm;    // F: the format. Static members kMinSm, kMaxSm, kPriority,
+//   kLimits, DTypes, Refuse,
+//                                      // TileRows, Prepare, Launch: see RegisterCudaGemm and
+//                                      docs/adding-a-kernel.md
+// and the build makes one translation unit of it for each format.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <bit>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ops/error.h"
+#include "ops/gemm/layout.h"
+#include "ops/registry.h"
+
+namespace qmoe_plugin {
+
+/// Rows of one expert that a block works on together.
+struct RowTile {
+  int expert;
+  int row_begin;  // in the sorted rows
+  int row_count;  // 1 to tile_rows
+};
+
+/// One launch. Passed to kernels by value.
+struct GemmArgs {
+  DType dtype;  // of x and y
+
+  // Packed weights [E, n, k] in kCudaTile16x64, see ops/packed_weights.h.
+  const uint8_t* codes;
+  const void* block_scales;  // null = per channel
+  const void* zero_offsets;  // null = none
+  const float* row_scales;
+  const float* bias;   // null = none
+  int64_t tile_bytes;  // codes of one row tile
+  int n, k;
+  int row_tiles;      // of the weights: ceil(n / 16)
+  int block_shift;    // k >> block_shift is the block; 31 = per channel
+  int scale_groups;   // blocks a row in block_scales
+  int offset_groups;  // blocks a row in zero_offsets
+  bool gated;
+
+  // Activations [*, k]. Values beyond k are never read.
+  const void* x;
+  int64_t x_stride;   // elements
+  const int* x_rows;  // [rows] row of x of each sorted row; null = the row itself
+
+  // Row tiles; null = one expert, `rows` rows.
+  const RowTile* tiles;
+  const int* tile_count;  // on the device
+  int64_t max_tiles;      // the grid is made for so many
+  int64_t rows;
+  int tile_rows;
+
+  // Output [rows, n], or [rows, n / 2] for gated weights.
+  void* y;
+  int64_t y_stride;
+  ActivationParams activation;
+};
+
+/// Registry entry: what Kernel::launch points to. All thread-safe.
+struct CudaGemm {
+  /// Rows of a tile that suit the problem; goes into GemmArgs and into the row tile list.
+  int (*tile_rows)(const GemmProblem&);
+  /// Called at construction with the device current, for the activation type that will be launched:
+  /// loads the kernels (PrepareKernel).
+  void (*prepare)(DType);
+  void (*launch)(const GemmArgs&, cudaStream_t);
+};
+
+/// Upper bound of the number of row tiles.
+constexpr int64_t MaxRowTiles(int64_t rows, int64_t experts, int tile_rows) {
+  const int64_t used = rows < experts ? rows : experts;  // experts that can have any rows
+  return (rows + used * (tile_rows - 1)) / tile_rows;
+}
+
+/// Why kCudaTile16x64 cannot hold the problem's weights so that a fragment has one scale a row;
+/// empty if it can.
+inline std::string RefuseBlockSize(const GemmProblem& p) {
+  if (p.block_size == 0 || (p.block_size >= 16 && std::has_single_bit(uint64_t(p.block_size))))
+    return {};
+  return Concat("block_size ", p.block_size,
+                "; it takes powers of two from 16 on, and per channel");
+}
+
+template <class F, class Gemm>
+bool RegisterCudaGemm(const char* stem) {
+  RegisterFormat(DescribeFormat<F>());  // this may run before the format's own translation unit
+  static const CudaGemm gemm{&Gemm::TileRows, &Gemm::Prepare, &Gemm::Launch};
+  Kernel kernel;
+  kernel.name = std::string(stem) + "." + F::kName;
+  kernel.stem = stem;
+  kernel.format = FindFormat(F::kName);
+  kernel.device = DeviceType::kCuda;
+  kernel.min_sm = Gemm::kMinSm;
+  kernel.max_sm = Gemm::kMaxSm;
+  kernel.dtypes = Gemm::DTypes();
+  kernel.layout = Layout::kCudaTile16x64;
+  kernel.priority = Gemm::kPriority;
+  kernel.limits = Gemm::kLimits;
+  kernel.refuse = &Gemm::Refuse;
+  kernel.launch = &gemm;
+  return RegisterKernel(kernel);
+}
+
+/// For kernels without instructions of one generation only.
+inline constexpr int kFirstSm = 80, kLastSm = 129;
+
+/// In a generated translation unit, after the kernel's and the format's header.
+#define QMOE_REGISTER_CUDA_GEMM(kernel, format)                       \
+  [[maybe_unused]] static const bool registered_##kernel##_##format = \
+      ::qmoe_plugin::RegisterCudaGemm<                                \
+          ::qmoe_plugin::formats::format,                             \
+          ::qmoe_plugin::kernel::Gemm<::qmoe_plugin::formats::format>>(#kernel)
+
+}  // namespace qmoe_plugin

@@ -1,0 +1,28 @@
+// Routing: which experts a token goes to, and with what weights.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "ops/dtype.h"
+
+namespace qmoe_plugin {
+
+struct RouteArgs {
+  const void* logits;   // [T, E]
+  DType logits_dtype;   // float32, float16 or bfloat16
+  const void* weights;  // router_weights [T, E], or null
+  DType weights_dtype;
+  int tokens, experts, topk;
+  bool normalize;     // divide the k scales by their sum, if that is above 1e-6
+  bool sparse_mixer;  // topk is 2
+  int* expert_ids;    // [T, k]
+  float* scales;      // [T, k]
+};
+
+/// Experts of a token are the k largest logits, the lower index first among equals; NaN is below
+/// everything. Their scales are softmax probabilities over all E, or router_weights at those
+/// experts. NaN logits give NaN scales.
+void LaunchRoute(const RouteArgs& args, cudaStream_t stream);
+void PrepareRoute();
+
+}  // namespace qmoe_plugin

@@ -1,0 +1,69 @@
+#include "ops/qmoe/unpermute.cuh"
+
+#include "ops/common/cuda_host.h"
+#include "ops/common/types.cuh"
+
+namespace qmoe_plugin {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vector {
+  T values[kWidth];
+};
+
+/// One thread makes kWidth neighbouring values: 16 bytes where pointers and H allow, else one.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kThreads) unpermute(const UnpermuteArgs args) {
+  using V = Vector<T, kWidth>;
+  const int vectors = args.hidden_size / kWidth;
+  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= int64_t(args.tokens) * vectors) return;
+  const int64_t token = index / vectors, column = index % vectors;
+  float sums[kWidth] = {};
+  for (int j = 0; j < args.topk; ++j) {
+    const int64_t slot = token * args.topk + j;
+    const float scale = args.scales[slot];
+    const V y = static_cast<const V*>(args.y)[args.sorted_row[slot] * int64_t(vectors) + column];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sums[i] += scale * ToFloat(y.values[i]);
+  }
+  V result;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) result.values[i] = FromFloat<T>(sums[i]);
+  static_cast<V*>(args.output)[token * vectors + column] = result;
+}
+
+/// fn(kernel, width) for the widest vectors that fit.
+template <class Fn>
+void WithKernel(DType dtype, bool vectors, Fn&& fn) {
+  WithType(dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr int kWidth = 16 / sizeof(T);
+    if (vectors)
+      fn(&unpermute<T, kWidth>, kWidth);
+    else
+      fn(&unpermute<T, 1>, 1);
+  });
+}
+
+}  // namespace
+
+void LaunchUnpermute(const UnpermuteArgs& args, cudaStream_t stream) {
+  const size_t row_bytes = size_t(args.hidden_size) * SizeOf(args.dtype);
+  const bool vectors = (row_bytes | reinterpret_cast<uintptr_t>(args.output)) % 16 == 0;
+  WithKernel(args.dtype, vectors, [&](auto* kernel, int width) {
+    const int64_t threads = int64_t(args.tokens) * (args.hidden_size / width);
+    Launch("unpermute", kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, stream, args);
+  });
+}
+
+void PrepareUnpermute(DType dtype) {
+  for (bool vectors : {false, true})
+    WithKernel(dtype, vectors, [](auto* kernel, int) {
+      PrepareKernel("unpermute", reinterpret_cast<const void*>(kernel));
+    });
+}
+
+}  // namespace qmoe_plugin
