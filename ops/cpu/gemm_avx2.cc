@@ -1,0 +1,159 @@
+// GEMM and element-wise functions on AVX2 with FMA and F16C: 8 lanes, two vectors a panel.
+#include <immintrin.h>
+
+#include <utility>
+
+#include "ops/cpu/gemm.h"
+#include "ops/cpu/layout.h"
+
+#define QMOE_SIMD [[gnu::always_inline]] inline
+
+namespace qmoe_plugin {
+namespace {
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  using F = __m256;
+  using I = __m256i;
+
+  QMOE_SIMD static F Zero() { return _mm256_setzero_ps(); }
+  QMOE_SIMD static F Set(float x) { return _mm256_set1_ps(x); }
+  QMOE_SIMD static F Load(const float* p) { return _mm256_loadu_ps(p); }
+  QMOE_SIMD static void Store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  QMOE_SIMD static I LoadI(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+  QMOE_SIMD static F Add(F a, F b) { return _mm256_add_ps(a, b); }
+  QMOE_SIMD static F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  QMOE_SIMD static F Mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  QMOE_SIMD static F Div(F a, F b) { return _mm256_div_ps(a, b); }
+  QMOE_SIMD static F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  /// If either is NaN, the result is b.
+  QMOE_SIMD static F Min(F a, F b) { return _mm256_min_ps(a, b); }
+  QMOE_SIMD static F Max(F a, F b) { return _mm256_max_ps(a, b); }
+  QMOE_SIMD static F Round(F x) {
+    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  QMOE_SIMD static F Abs(F x) { return _mm256_andnot_ps(Set(-0.0f), x); }
+  /// a where x < 0 (not -0, not NaN), else b.
+  QMOE_SIMD static F IfNegative(F x, F a, F b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, Zero(), _CMP_LT_OQ));
+  }
+  /// 2^n for whole n in [-126, 127].
+  QMOE_SIMD static F PowerOfTwo(F n) {
+    const I biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
+  /// From (a0 a1 a2 ...) and (b0 b1 b2 ...): (a0 a2 ... b0 b2 ...) and (a1 a3 ... b1 b3 ...).
+  QMOE_SIMD static void Deinterleave(F a, F b, F& even, F& odd) {
+    const F low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    even = _mm256_shuffle_ps(low, high, 0x88);  // a0 a2 a4 a6 | b0 b2 b4 b6
+    odd = _mm256_shuffle_ps(low, high, 0xdd);
+  }
+  QMOE_SIMD static F LoadHalf(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  QMOE_SIMD static F LoadBFloat16(const uint16_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  QMOE_SIMD static void StoreHalf(uint16_t* p, F x) {
+    const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+  }
+  QMOE_SIMD static void StoreBFloat16(uint16_t* p, F x) {
+    const I bits = _mm256_castps_si256(x);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const I rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const I quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const I nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const I high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const I packed = _mm256_packus_epi32(high, high);  // the two 128-bit halves apart
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  }
+};
+
+/// Codes of any format, by a table look-up in memory (8 bits).
+template <int Bits>
+struct TableDecoder {
+  static constexpr int kBits = Bits;
+  explicit TableDecoder(const float* table) : values(table) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    const Vec::I index = _mm256_and_si256(_mm256_srli_epi32(codes, kShift), _mm256_set1_epi32(255));
+    return _mm256_i32gather_ps(values, index, 4);
+  }
+  const float* values;
+};
+
+/// 4 bits: vpermps reads the low three bits of a lane, so look up twice and let the fourth choose.
+template <>
+struct TableDecoder<4> {
+  static constexpr int kBits = 4;
+  explicit TableDecoder(const float* table)
+      : low(_mm256_loadu_ps(table)), high(_mm256_loadu_ps(table + 8)) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    const Vec::I index = _mm256_srli_epi32(codes, kShift);
+    const Vec::F fourth_bit = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28 - kShift));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                            _mm256_permutevar8x32_ps(high, index), fourth_bit);
+  }
+  Vec::F low, high;
+};
+
+/// 2 bits: the table repeats, so the codes above need no masking.
+template <>
+struct TableDecoder<2> {
+  static constexpr int kBits = 2;
+  explicit TableDecoder(const float* table) : values(_mm256_loadu_ps(table)) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    return _mm256_permutevar8x32_ps(values, _mm256_srli_epi32(codes, kShift));
+  }
+  Vec::F values;
+};
+
+/// Codes that mean code - 2^(Bits - 1): made two's complement, then sign-extended.
+template <int Bits>
+struct SignedDecoder {
+  static constexpr int kBits = Bits;
+  explicit SignedDecoder(const float*) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) {
+    return _mm256_xor_si256(codes, _mm256_set1_epi32(int(Bits == 4 ? 0x88888888 : 0x80808080)));
+  }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    constexpr int kUp = 32 - Bits - kShift;
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(codes, kUp), 32 - Bits));
+  }
+};
+
+/// Rows of the largest tile: its 2 x 6 block sums fill most of the 16 registers; the totals spill.
+inline constexpr int kMaxRows = 6;
+
+constexpr int VectorsInFlight(int rows) { return rows == 1 ? 4 : 2; }
+
+#include "ops/cpu/elementwise.inc"
+#include "ops/cpu/gemm_tile.inc"
+
+GemmFunction SelectGemm(int bits, bool is_signed) {
+  if (bits == 2) return Gemm<TableDecoder<2>>;
+  if (bits == 4) return is_signed ? Gemm<SignedDecoder<4>> : Gemm<TableDecoder<4>>;
+  return is_signed ? Gemm<SignedDecoder<8>> : Gemm<TableDecoder<8>>;
+}
+
+}  // namespace
+
+const CpuIsa kCpuAvx2 = {.name = "avx2",
+                         .gemm = SelectGemm,
+                         .activate = Activate,
+                         .add_scaled = AddScaled,
+                         .to_float = ToFloat,
+                         .from_float = FromFloat};
+
+}  // namespace qmoe_plugin

@@ -1,0 +1,81 @@
+// What the two CPU ops share: a packed weight matrix with the kernel that was selected for it, and
+// how a GEMM is cut into tasks.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+
+#include "ops/cpu/gemm.h"
+#include "ops/cpu/layout.h"
+#include "ops/packed_weights.h"
+#include "ops/weights.h"
+
+namespace qmoe_plugin::cpu {
+
+/// A task computes up to kTaskRows rows times kTaskPanels panels: 128 columns, 0.2 MB of 4-bit
+/// weights at K = 2880. A token that decodes then has 100 tasks and more, each 20 us of memory
+/// traffic; with more rows, those of a task still fit in the second-level cache.
+inline constexpr int64_t kTaskPanels = 8;
+inline constexpr int64_t kTaskRows = 48;
+inline constexpr int64_t kTaskColumns = kTaskPanels * kPanelRows;
+
+/// The weights of all experts of one projection.
+class PackedMatrix {
+ public:
+  /// Selects the kernel for the problem and packs. Throws Error.
+  PackedMatrix(const RowReader& reader, const GemmProblem& problem);
+
+  const CpuIsa& isa() const { return *kernel_->isa; }
+  const PackedHeader& header() const { return weights_.header; }
+  int64_t k_padded() const { return weights_.shape.k_padded; }
+  int64_t panels() const { return weights_.shape.row_tiles; }
+  /// Columns of y, padding included.
+  int64_t columns() const { return panels() * kPanelRows; }
+  /// Runs of kTaskPanels panels, the last one perhaps shorter.
+  int64_t tasks() const { return (panels() + kTaskPanels - 1) / kTaskPanels; }
+
+  /// y[rows, ldy] = columns [task * kTaskColumns, ...) of the expert's y. Returns their number,
+  /// a multiple of 16.
+  struct Rows {
+    const float* x;
+    int64_t ldx;
+    const int32_t* index;  // null = rows of x in order
+    int64_t count;
+  };
+  int64_t Multiply(int64_t expert, int64_t task, const Rows& rows, float* y, int64_t ldy) const;
+
+ private:
+  const CpuGemm* kernel_;
+  PackedWeights weights_;
+};
+
+/// Hands out pieces of a workspace, or only counts them when `base` is null.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<uint8_t*>(base)) {}
+
+  template <class T>
+  T* Take(int64_t count) {
+    uint8_t* const piece = base_ ? base_ + used_ : nullptr;
+    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(piece);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  size_t used_ = 0;
+};
+
+/// Runs fn(i) for i in [0, total) on the session's threads; a single one at once.
+inline void RunTasks(const ExecutionContext& context, int64_t total,
+                     const std::function<void(size_t)>& fn) {
+  if (total == 1) return fn(0);
+  if (total > 1) context.parallel_for(size_t(total), fn);
+}
+
+/// First element of part `i` when [0, total) is cut into `parts` equal parts.
+constexpr int64_t PartStart(int64_t total, int64_t parts, int64_t i) { return total * i / parts; }
+
+}  // namespace qmoe_plugin::cpu

@@ -1,0 +1,243 @@
+// QMoE on the CPU, the same way for one token and for thousands:
+//
+//   1. route every token; sort the routes (token, j) by expert into rows
+//   2. fc1: tasks of (expert, up to 48 of its rows, 128 columns), bias and activation at their end
+//   3. fc2: the same tasks, one result row a route
+//   4. add up each token's rows, times their factors, in the order of j
+//
+// Between fc1 and fc2 values stay float32: exacter than rounding to the activation type as the
+// stock ops do, and nothing is gained by rounding. No sum depends on the tasks, so neither does any
+// bit of the result. Long prompts go through in chunks, which bounds the workspace.
+#include <algorithm>
+#include <numeric>
+
+#include "ops/cpu/packed_matrix.h"
+#include "ops/cpu/routing.h"
+#include "ops/qmoe/qmoe.h"
+
+namespace qmoe_plugin {
+namespace {
+
+using cpu::Arena;
+using cpu::kTaskColumns;
+using cpu::kTaskRows;
+using cpu::PackedMatrix;
+using cpu::PartStart;
+
+/// Routes (tokens * topk) of a chunk: enough rows an expert to amortise reading its weights.
+constexpr int64_t kChunkRoutes = 4096;
+/// Tokens that are routed, and columns that are combined, at a time.
+constexpr int64_t kRouteTokens = 8;
+constexpr int64_t kCombineColumns = 512;
+
+/// Some rows of one expert: the unit of work along M.
+struct RowBlock {
+  int32_t expert, first, count;
+};
+
+/// The workspace of a chunk of T tokens, R = T * topk routes; a row is a route, sorted by expert.
+struct Scratch {
+  float* x;             // [T, padded H]; null if the input is used in place
+  int32_t* expert_ids;  // [T, topk]
+  float* factors;       // [T, topk]
+  int32_t* row_of;      // [T, topk] row of each route
+  int32_t* token_of;    // [R] token of each row
+  int32_t* counts;      // [E] rows an expert
+  int32_t* starts;      // [E] its first row
+  int32_t* order;       // [E] experts, most rows first
+  RowBlock* blocks;     // [R / kTaskRows + E]
+  float* h;             // [R, padded I]
+  float* y;             // [R, padded H]
+};
+
+GemmProblem Problem(const MoeConfig& config, const RowReader& reader, GemmStage stage) {
+  return {.stage = stage,
+          .dtype = config.dtype,
+          .format = &reader.format(),
+          .experts = config.experts,
+          .n = reader.rows(),
+          .k = reader.k(),
+          .block_size = reader.block_size(),
+          .zero_points = reader.has_zero_points(),
+          .activation = stage == GemmStage::kFc1 ? config.activation.type : Activation::kIdentity,
+          .accuracy_level = config.accuracy_level};
+}
+
+class CpuQMoe : public QMoe {
+ public:
+  CpuQMoe(const MoeConfig& config, const RowReader& fc1, const RowReader& fc2)
+      : config_(config),
+        fc1_(fc1, Problem(config, fc1, GemmStage::kFc1)),
+        fc2_(fc2, Problem(config, fc2, GemmStage::kFc2)) {}
+
+  size_t WorkspaceBytes(int64_t tokens) const override {
+    Arena arena(nullptr);
+    TakeScratch(arena, std::min(tokens, ChunkTokens()));
+    return arena.used();
+  }
+
+  std::vector<PackedHeader> Packed() const override { return {fc1_.header(), fc2_.header()}; }
+
+  void Run(const MoeTensors& tensors, const ExecutionContext& context) const override {
+    Arena arena(context.workspace);
+    const Scratch scratch = TakeScratch(arena, std::min(tensors.tokens, ChunkTokens()));
+    for (int64_t first = 0; first < tensors.tokens; first += ChunkTokens())
+      RunChunk(Slice(tensors, first), scratch, context);
+  }
+
+ private:
+  int64_t ChunkTokens() const { return std::max<int64_t>(1, kChunkRoutes / config_.topk); }
+
+  /// Whether the kernel can read the input as it is.
+  bool ReadsInPlace() const {
+    return config_.dtype == DType::kFloat32 && config_.hidden_size == fc1_.k_padded();
+  }
+
+  Scratch TakeScratch(Arena& arena, int64_t tokens) const {
+    const int64_t routes = tokens * config_.topk, experts = config_.experts;
+    return {.x = ReadsInPlace() ? nullptr : arena.Take<float>(tokens * fc1_.k_padded()),
+            .expert_ids = arena.Take<int32_t>(routes),
+            .factors = arena.Take<float>(routes),
+            .row_of = arena.Take<int32_t>(routes),
+            .token_of = arena.Take<int32_t>(routes),
+            .counts = arena.Take<int32_t>(experts),
+            .starts = arena.Take<int32_t>(experts),
+            .order = arena.Take<int32_t>(experts),
+            .blocks = arena.Take<RowBlock>(routes / kTaskRows + experts),
+            .h = arena.Take<float>(routes * fc2_.k_padded()),
+            .y = arena.Take<float>(routes * fc2_.columns())};
+  }
+
+  /// The tensors of the chunk that starts with token `first`.
+  MoeTensors Slice(const MoeTensors& all, int64_t first) const {
+    const auto row = [first](auto* data, int64_t columns, DType dtype) {
+      using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>,
+                                      const uint8_t, uint8_t>;
+      return data ? static_cast<Byte*>(data) + first * columns * int64_t(SizeOf(dtype)) : nullptr;
+    };
+    MoeTensors chunk = all;
+    chunk.tokens = std::min(ChunkTokens(), all.tokens - first);
+    chunk.input = row(all.input, config_.hidden_size, config_.dtype);
+    chunk.router_probs = row(all.router_probs, config_.experts, all.router_probs_dtype);
+    chunk.router_weights = row(all.router_weights, config_.experts, all.router_weights_dtype);
+    chunk.output = row(all.output, config_.hidden_size, config_.dtype);
+    return chunk;
+  }
+
+  /// The output may be the input: it is written by the last step only, and to this chunk's rows.
+  void RunChunk(const MoeTensors& chunk, const Scratch& scratch,
+                const ExecutionContext& context) const {
+    const int64_t token_blocks = (chunk.tokens + kRouteTokens - 1) / kRouteTokens;
+    cpu::RunTasks(context, token_blocks, [&](size_t i) {
+      const int64_t last = std::min(chunk.tokens, int64_t(i + 1) * kRouteTokens);
+      for (int64_t t = int64_t(i) * kRouteTokens; t < last; ++t) LoadToken(chunk, t, scratch);
+    });
+    const int64_t blocks = SortByExpert(chunk.tokens, scratch);
+    cpu::RunTasks(context, blocks * fc1_.tasks(), [&](size_t i) {
+      Fc1(chunk, scratch, scratch.blocks[int64_t(i) / fc1_.tasks()], int64_t(i) % fc1_.tasks());
+    });
+    cpu::RunTasks(context, blocks * fc2_.tasks(), [&](size_t i) {
+      const RowBlock& block = scratch.blocks[int64_t(i) / fc2_.tasks()];
+      const int64_t task = int64_t(i) % fc2_.tasks(), ldh = fc2_.k_padded();
+      fc2_.Multiply(block.expert, task, {scratch.h + block.first * ldh, ldh, nullptr, block.count},
+                    scratch.y + block.first * fc2_.columns() + task * kTaskColumns, fc2_.columns());
+    });
+    cpu::RunTasks(context, chunk.tokens,
+                  [&](size_t token) { Combine(chunk, scratch, int64_t(token)); });
+  }
+
+  /// Routes a token and, where needed, brings its activations to float32 with a padded row.
+  void LoadToken(const MoeTensors& chunk, int64_t token, const Scratch& scratch) const {
+    const CpuIsa& isa = fc1_.isa();
+    const int64_t experts = config_.experts;
+    const auto load_row = [&](const void* data, DType dtype, int64_t columns, float* out) {
+      isa.to_float(static_cast<const uint8_t*>(data) + token * columns * int64_t(SizeOf(dtype)),
+                   dtype, columns, out);
+    };
+    float logits[cpu::kMaxExperts], weights[cpu::kMaxExperts];
+    load_row(chunk.router_probs, chunk.router_probs_dtype, experts, logits);
+    if (chunk.router_weights)
+      load_row(chunk.router_weights, chunk.router_weights_dtype, experts, weights);
+    cpu::RouteToken(config_, logits, chunk.router_weights ? weights : nullptr,
+                    scratch.expert_ids + token * config_.topk,
+                    scratch.factors + token * config_.topk);
+    if (ReadsInPlace()) return;
+    float* const x = scratch.x + token * fc1_.k_padded();
+    load_row(chunk.input, config_.dtype, config_.hidden_size, x);
+    std::fill(x + config_.hidden_size, x + fc1_.k_padded(), 0.0f);
+  }
+
+  /// Sorts the routes by expert, in the order of tokens within an expert, and cuts each expert's
+  /// rows into blocks, biggest expert first. Returns the number of blocks.
+  int64_t SortByExpert(int64_t tokens, const Scratch& scratch) const {
+    const int64_t routes = tokens * config_.topk, experts = config_.experts;
+    std::fill_n(scratch.counts, experts, 0);
+    for (int64_t r = 0; r < routes; ++r) ++scratch.counts[scratch.expert_ids[r]];
+    std::exclusive_scan(scratch.counts, scratch.counts + experts, scratch.starts, 0);
+    for (int64_t r = 0; r < routes; ++r) {
+      const int32_t row = scratch.starts[scratch.expert_ids[r]]++;
+      scratch.row_of[r] = row;
+      scratch.token_of[row] = int32_t(r / config_.topk);
+    }
+    std::iota(scratch.order, scratch.order + experts, 0);
+    std::sort(scratch.order, scratch.order + experts, [&](int32_t a, int32_t b) {
+      return scratch.counts[a] != scratch.counts[b] ? scratch.counts[a] > scratch.counts[b] : a < b;
+    });
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < experts && scratch.counts[scratch.order[i]] > 0; ++i) {
+      const int32_t expert = scratch.order[i], count = scratch.counts[expert];
+      const int32_t start = scratch.starts[expert] - count;  // filling has moved it to the end
+      const int64_t parts = (count + kTaskRows - 1) / kTaskRows;
+      for (int64_t p = 0; p < parts; ++p) {
+        const int32_t first = int32_t(PartStart(count, parts, p));
+        const int32_t last = int32_t(PartStart(count, parts, p + 1));
+        scratch.blocks[blocks++] = {expert, start + first, last - first};
+      }
+    }
+    return blocks;
+  }
+
+  /// One task of fc1: activated columns of h, and the zeros behind the last one.
+  void Fc1(const MoeTensors& chunk, const Scratch& scratch, const RowBlock& block,
+           int64_t task) const {
+    const int64_t per_value = IsGated(config_.activation.type) ? 2 : 1, ldh = fc2_.k_padded();
+    const int64_t column = task * kTaskColumns / per_value;
+    const int64_t columns = std::min(kTaskColumns / per_value, config_.inter_size - column);
+    const float* x = scratch.x ? scratch.x : static_cast<const float*>(chunk.input);
+    float sums[kTaskRows * kTaskColumns];
+    fc1_.Multiply(block.expert, task,
+                  {x, fc1_.k_padded(), scratch.token_of + block.first, block.count}, sums,
+                  kTaskColumns);
+    for (int64_t r = 0; r < block.count; ++r) {
+      float* const h = scratch.h + (block.first + r) * ldh;
+      fc1_.isa().activate(config_.activation, sums + r * kTaskColumns, columns, h + column);
+      if (task == fc1_.tasks() - 1) std::fill(h + config_.inter_size, h + ldh, 0.0f);
+    }
+  }
+
+  void Combine(const MoeTensors& chunk, const Scratch& scratch, int64_t token) const {
+    const CpuIsa& isa = fc2_.isa();
+    for (int64_t column = 0; column < config_.hidden_size; column += kCombineColumns) {
+      const int64_t columns = std::min(kCombineColumns, config_.hidden_size - column);
+      float sums[kCombineColumns] = {};
+      for (int64_t route = token * config_.topk; route < (token + 1) * config_.topk; ++route)
+        isa.add_scaled(scratch.factors[route],
+                       scratch.y + scratch.row_of[route] * fc2_.columns() + column, columns, sums);
+      const int64_t at = token * config_.hidden_size + column;
+      isa.from_float(sums, columns, config_.dtype,
+                     static_cast<uint8_t*>(chunk.output) + at * int64_t(SizeOf(config_.dtype)));
+    }
+  }
+
+  const MoeConfig config_;
+  const PackedMatrix fc1_, fc2_;
+};
+
+}  // namespace
+
+std::unique_ptr<QMoe> MakeCpuQMoe(const MoeConfig& config, const RowReader& fc1,
+                                  const RowReader& fc2) {
+  return std::make_unique<CpuQMoe>(config, fc1, fc2);
+}
+
+}  // namespace qmoe_plugin
