@@ -1,0 +1,76 @@
+// MatMulNBits as an ONNX Runtime kernel: reads the node, packs its weights, runs it.
+#include "ops/matmul_nbits/matmul_nbits.h"
+
+#include "ops/domain.h"
+#include "ops/ort/custom_op.h"
+#include "ops/ort/mapped_pages.h"
+#include "ops/ort/matmul_nbits_node.h"
+#include "ops/ort/node_info.h"
+#include "ops/ort/run_context.h"
+#include "ops/ort/tensors.h"
+
+namespace qmoe_plugin::ort {
+namespace {
+
+constexpr InputSpec kInputs[] = {
+    {"A", false, false},         {"B", false, true},    {"scales", false, true},
+    {"zero_points", true, true}, {"g_idx", true, true}, {"bias", true, true},
+};
+static_assert(std::size(kInputs) == kMatMulNBitsInputs);
+
+MatMulNBitsAttributes ReadAttributes(const NodeInfo& node) {
+  MatMulNBitsAttributes a;
+  a.k = node.FindInt("K");
+  a.n = node.FindInt("N");
+  a.block_size = node.FindInt("block_size");
+  a.bits = node.Int("bits", a.bits);
+  a.accuracy_level = node.Int("accuracy_level", a.accuracy_level);
+  a.weight_prepacked = node.Int("weight_prepacked", a.weight_prepacked);
+  return a;
+}
+
+class MatMulNBitsKernel : public OpKernel {
+ public:
+  explicit MatMulNBitsKernel(const NodeInfo& info) {
+    const std::vector<TensorView> inputs = info.ConstantInputs();
+    const MatMulNBitsNode node = InterpretMatMulNBits(ReadAttributes(info), inputs, info.dtype());
+    config_ = node.config;
+    matmul_ = MakeMatMulNBits(info.device(), node.config, node.weights);
+    ReleaseMappedPages(inputs);
+    info.LogPacked(std::vector{matmul_->Packed()});
+  }
+
+  void Run(const RunContext& run) const override {
+    const Input a = run.GetInput(kA);
+    QMOE_REQUIRE(!a.shape.empty() && a.shape.back() == config_.k, "input 0 (A) has shape ",
+                 ShapeText(a.shape), "; its last dimension must be K = ", config_.k);
+    std::vector<int64_t> shape(a.shape.begin(), a.shape.end());
+    shape.back() = config_.n;
+    const MatMulTensors tensors{
+        .m = Product(a.shape.first(a.shape.size() - 1)), .a = a.data, .y = run.Output(shape)};
+    if (tensors.m == 0) return;
+    run.Execute(matmul_->WorkspaceBytes(tensors.m),
+                [&](const ExecutionContext& context) { matmul_->Run(tensors, context); });
+  }
+
+ private:
+  MatMulConfig config_;
+  std::unique_ptr<MatMulNBits> matmul_;
+};
+
+}  // namespace
+
+const OpSpec& MatMulNBitsOp() {
+  static const OpSpec spec{
+      .name = kMatMulNBitsOpName,
+      .inputs = kInputs,
+      .last_dim_attribute = "N",
+      .in_place = false,
+      .make_kernel = [](const NodeInfo& node) -> std::unique_ptr<OpKernel> {
+        return std::make_unique<MatMulNBitsKernel>(node);
+      },
+  };
+  return spec;
+}
+
+}  // namespace qmoe_plugin::ort

@@ -1,0 +1,74 @@
+// What a QMoE node of a model means: attributes and tensors in, MoeConfig and MoeWeights out. Knows
+// no ONNX Runtime.
+//
+// E experts, H hidden_size, I inter_size; F = 2 when fc1 holds gates and ups together, else 1.
+// Shapes of raw weights:
+//   fc1 [E, F * I, H * bits / 8], fc2 [E, H, I * bits / 8], fc3 [E, I, H * bits / 8] (ups, when
+//   apart from fc1).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops/problem.h"
+
+namespace qmoe_plugin::ort {
+
+/// The inputs of QMoE by number; the names are those of com.microsoft.
+enum QMoeInput : size_t {
+  kInput,
+  kRouterProbs,
+  kFc1Weights,
+  kFc1Scales,
+  kFc1Bias,
+  kFc2Weights,
+  kFc2Scales,
+  kFc2Bias,
+  kFc3Weights,
+  kFc3Scales,
+  kFc3Bias,
+  kFc1ZeroPoints,
+  kFc2ZeroPoints,
+  kFc3ZeroPoints,
+  kRouterWeights,
+  kFc1GlobalScale,
+  kFc2GlobalScale,
+  kFc1ActScale,
+  kFc2ActScale,
+  kFc1ActBlockScale,
+  kFc2ActBlockScale,
+  kQMoeInputs,
+};
+
+/// The attributes with com.microsoft's defaults; empty = not given.
+struct QMoeAttributes {
+  int64_t accuracy_level = 0;
+  float activation_alpha = 1.0f;
+  float activation_beta = 0.0f;
+  std::string activation_type = "relu";
+  std::optional<int64_t> block_size;
+  int64_t expert_weight_bits = 4;
+  std::optional<int64_t> fc1_expert_weight_bits, fc2_expert_weight_bits, fc3_expert_weight_bits;
+  int64_t k = 1;
+  int64_t normalize_routing_weights = 0;
+  std::string quant_type = "int";
+  int64_t swiglu_fusion = 0;
+  std::optional<float> swiglu_limit;
+  int64_t use_sparse_mixer = 0;
+  int64_t weights_prepacked = -1;
+};
+
+struct QMoeNode {
+  MoeConfig config;
+  MoeWeights weights;
+  std::string warning;  // something the user should know; empty = nothing
+};
+
+/// Checks the node and says what it means. `inputs` are the tensors by QMoeInput (kQMoeInputs of
+/// them); those that vary from run to run are not looked at. Throws Error.
+QMoeNode InterpretQMoe(const QMoeAttributes& attributes, const std::vector<TensorView>& inputs,
+                       DType dtype);
+
+}  // namespace qmoe_plugin::ort

@@ -1,0 +1,135 @@
+// QMoE as an ONNX Runtime kernel: reads the node, packs its weights, runs it.
+#include "ops/qmoe/qmoe.h"
+
+#include "ops/domain.h"
+#include "ops/ort/custom_op.h"
+#include "ops/ort/mapped_pages.h"
+#include "ops/ort/node_info.h"
+#include "ops/ort/qmoe_node.h"
+#include "ops/ort/run_context.h"
+#include "ops/ort/tensors.h"
+
+namespace qmoe_plugin::ort {
+namespace {
+
+constexpr InputSpec kInputs[] = {
+    {"input", false, false},
+    {"router_probs", false, false},
+    {"fc1_experts_weights", false, true},
+    {"fc1_scales", true, true},
+    {"fc1_experts_bias", true, true},
+    {"fc2_experts_weights", false, true},
+    {"fc2_scales", true, true},
+    {"fc2_experts_bias", true, true},
+    {"fc3_experts_weights", true, true},
+    {"fc3_scales", true, true},
+    {"fc3_experts_bias", true, true},
+    {"fc1_zero_points", true, true},
+    {"fc2_zero_points", true, true},
+    {"fc3_zero_points", true, true},
+    {"router_weights", true, false},
+    {"fc1_global_scale", true, true},
+    {"fc2_global_scale", true, true},
+    {"fc1_act_scale", true, true},
+    {"fc2_act_scale", true, true},
+    {"fc1_act_block_scale", true, true},
+    {"fc2_act_block_scale", true, true},
+};
+static_assert(std::size(kInputs) == kQMoeInputs);
+
+QMoeAttributes ReadAttributes(const NodeInfo& node) {
+  QMoeAttributes a;
+  a.accuracy_level = node.Int("accuracy_level", a.accuracy_level);
+  a.activation_alpha = node.Float("activation_alpha", a.activation_alpha);
+  a.activation_beta = node.Float("activation_beta", a.activation_beta);
+  a.activation_type = node.FindString("activation_type").value_or(a.activation_type);
+  a.block_size = node.FindInt("block_size");
+  a.expert_weight_bits = node.Int("expert_weight_bits", a.expert_weight_bits);
+  a.fc1_expert_weight_bits = node.FindInt("fc1_expert_weight_bits");
+  a.fc2_expert_weight_bits = node.FindInt("fc2_expert_weight_bits");
+  a.fc3_expert_weight_bits = node.FindInt("fc3_expert_weight_bits");
+  a.k = node.Int("k", a.k);
+  a.normalize_routing_weights = node.Int("normalize_routing_weights", a.normalize_routing_weights);
+  a.quant_type = node.FindString("quant_type").value_or(a.quant_type);
+  a.swiglu_fusion = node.Int("swiglu_fusion", a.swiglu_fusion);
+  a.swiglu_limit = node.FindFloat("swiglu_limit");
+  a.use_sparse_mixer = node.Int("use_sparse_mixer", a.use_sparse_mixer);
+  a.weights_prepacked = node.Int("weights_prepacked", a.weights_prepacked);
+  return a;
+}
+
+class QMoeKernel : public OpKernel {
+ public:
+  explicit QMoeKernel(const NodeInfo& info) {
+    const std::vector<TensorView> inputs = info.ConstantInputs();
+    const QMoeNode node = InterpretQMoe(ReadAttributes(info), inputs, info.dtype());
+    if (!node.warning.empty()) info.Log(ORT_LOGGING_LEVEL_WARNING, node.warning);
+    config_ = node.config;
+    moe_ = MakeQMoe(info.device(), node.config, node.weights);
+    ReleaseMappedPages(inputs);
+    info.LogPacked(moe_->Packed());
+  }
+
+  void Run(const RunContext& run) const override {
+    const Input input = run.GetInput(kInput);
+    MoeTensors tensors;
+    tensors.tokens = CountTokens(input);
+    tensors.input = input.data;
+    const Input probs = run.GetInput(kRouterProbs), weights = run.GetInput(kRouterWeights);
+    QMOE_REQUIRE(probs.present, "input 1 (router_probs) is missing");
+    CheckRouterInput("input 1 (router_probs)", probs, tensors.tokens);
+    tensors.router_probs = probs.data;
+    tensors.router_probs_dtype = probs.dtype;
+    if (weights.present) {
+      CheckRouterInput("input 14 (router_weights)", weights, tensors.tokens);
+      tensors.router_weights = weights.data;
+      tensors.router_weights_dtype = weights.dtype;
+    }
+    tensors.output = run.Output(input.shape);
+    if (tensors.tokens == 0) return;
+    run.Execute(moe_->WorkspaceBytes(tensors.tokens),
+                [&](const ExecutionContext& context) { moe_->Run(tensors, context); });
+  }
+
+ private:
+  /// Tokens of [tokens, H] or [batch, sequence, H].
+  int64_t CountTokens(const Input& input) const {
+    const auto& shape = input.shape;
+    QMOE_REQUIRE((shape.size() == 2 || shape.size() == 3) && shape.back() == config_.hidden_size,
+                 "input 0 (input) has shape ", ShapeText(shape), "; it must be [tokens, ",
+                 config_.hidden_size, "] or [batch, sequence, ", config_.hidden_size,
+                 "], hidden_size being ", config_.hidden_size);
+    return Product(shape.first(shape.size() - 1));
+  }
+
+  void CheckRouterInput(const char* name, const Input& input, int64_t tokens) const {
+    const auto& shape = input.shape;
+    QMOE_REQUIRE(IsFloat(input.dtype), name, " is ", Name(input.dtype),
+                 "; allowed are float32, float16 and bfloat16");
+    QMOE_REQUIRE((shape.size() == 2 || shape.size() == 3) && shape.back() == config_.experts &&
+                     Product(shape.first(shape.size() - 1)) == tokens,
+                 name, " has shape ", ShapeText(shape), "; it must be [tokens, experts] = [",
+                 tokens, ", ", config_.experts,
+                 "], or the same with tokens split into [batch, sequence]");
+  }
+
+  MoeConfig config_;
+  std::unique_ptr<QMoe> moe_;
+};
+
+}  // namespace
+
+const OpSpec& QMoeOp() {
+  static const OpSpec spec{
+      .name = kQMoeOpName,
+      .inputs = kInputs,
+      .last_dim_attribute = nullptr,
+      .in_place = true,
+      .make_kernel = [](const NodeInfo& node) -> std::unique_ptr<OpKernel> {
+        return std::make_unique<QMoeKernel>(node);
+      },
+  };
+  return spec;
+}
+
+}  // namespace qmoe_plugin::ort

@@ -1,0 +1,311 @@
+"""The ops in sessions: inferred shapes, many threads, two runtimes, mapped weights, logs."""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from helpers.cases import Case, MatMulNBitsCase, QMoECase, feeds_of
+from helpers.models import one_node_model, save_external
+from helpers.ort_c_api import Runtime, library_path
+from helpers.run import open_session, run, session_options
+from helpers.tolerance import check
+from onnx import TensorProto, helper, numpy_helper
+
+CASES: list[Case] = [QMoECase(tokens=5), MatMulNBitsCase(m=5)]
+DTYPES = ("float32", "float16", "bfloat16")
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.op_type)
+
+
+# --- types and shapes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case", [QMoECase(rank=3), MatMulNBitsCase(rank=3)], ids=lambda c: c.op_type
+)
+def test_inferred_shape(case: Case) -> None:
+    model = case.model(case.tensors())
+    name = model.graph.input[0].name
+    features = 64 if case.op_type == "QMoE" else 48
+    assert open_session(model).get_outputs()[0].shape == [f"{name}_0", f"{name}_1", features]
+
+
+@pytest.mark.parametrize("dims", ["unnamed", "unknown_rank", "fixed"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op_type", ["QMoE", "MatMulNBits"])
+def test_incomplete_shapes(
+    op_type: str, dtype: str, dims: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two nodes in a row, so that the type of one output is the type of the next input."""
+    case = (
+        QMoECase(dtype=dtype, tokens=4)
+        if op_type == "QMoE"
+        else MatMulNBitsCase(dtype=dtype, m=4, n=96)
+    )
+    tensors = case.tensors()
+    model = case.model(tensors)
+    first = model.graph.node[0]
+    first.output[0] = "between"
+    second = model.graph.node.add()
+    second.CopyFrom(first)
+    second.name, second.input[0], second.output[0] = "second", "between", "output"
+    feeds = feeds_of(tensors)
+    for graph_input in model.graph.input:
+        tensor_type = graph_input.type.tensor_type
+        tensor_type.ClearField("shape")
+        if dims != "unknown_rank":
+            for size in feeds[graph_input.name].shape:
+                dim = tensor_type.shape.dim.add()
+                if dims == "fixed":
+                    dim.dim_value = size
+    options = session_options()
+    options.log_severity_level = 2
+    session = open_session(model, options=options)
+    result = run(session, feeds)
+    once = run(open_session(case.model(tensors)), feeds)
+    twice = run(open_session(case.model(tensors)), feeds | {first.input[0]: once})
+    assert result.tobytes() == twice.tobytes()
+    assert "does not match" not in capfd.readouterr().err
+
+
+def test_output_may_overwrite_the_input() -> None:
+    """Behind another node, ONNX Runtime lets QMoE write over its input."""
+    case = QMoECase(tokens=3000)  # more than the CPU computes at a time
+    tensors = case.tensors()
+    model = case.model(tensors)
+    model.graph.node[0].input[0] = "scaled"
+    double = helper.make_node("Mul", ["input", "two"], ["scaled"])
+    model.graph.node.insert(0, double)
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(2), "two"))
+    feeds = feeds_of(tensors)
+    expected = run(open_session(case.model(tensors)), feeds | {"input": 2 * tensors["input"]})
+    assert run(open_session(model), feeds).tobytes() == expected.tobytes()
+
+
+# --- constant weights, wherever they come from ----------------------------------------------------
+
+
+@each_case
+def test_weights_in_constant_nodes(case: Case) -> None:
+    tensors = case.tensors()
+    model = case.model(tensors)
+    for initializer in model.graph.initializer:
+        node = helper.make_node("Constant", [], [initializer.name], value=initializer)
+        model.graph.node.insert(0, node)
+    del model.graph.initializer[:]
+    check(case, tensors, run(open_session(model), feeds_of(tensors)))
+
+
+@each_case
+def test_node_in_a_subgraph(case: Case) -> None:
+    """The node lies in both branches of an If, its weights outside."""
+    tensors = case.tensors()
+    model = case.model(tensors)
+    branches = []
+    for branch in ("then", "else"):
+        node = onnx.NodeProto()
+        node.CopyFrom(model.graph.node[0])
+        node.output[0] = f"{branch}_output"
+        output = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None)
+        branches.append(helper.make_graph([node], branch, [], [output]))
+    del model.graph.node[:]
+    model.graph.node.append(
+        helper.make_node(
+            "If", ["flag"], ["output"], then_branch=branches[0], else_branch=branches[1]
+        )
+    )
+    model.graph.input.append(helper.make_tensor_value_info("flag", TensorProto.BOOL, []))
+    session = open_session(model)
+    for flag in (True, False):
+        feeds = {**feeds_of(tensors), "flag": np.array(flag)}
+        check(case, tensors, session.run(None, feeds)[0])
+
+
+@each_case
+@pytest.mark.parametrize("level", ["DISABLE_ALL", "ENABLE_ALL"])
+def test_session_options(case: Case, level: str, tmp_path: Path) -> None:
+    """No arena, no memory pattern, no prepacking; a saved optimized model that loads again."""
+    tensors = case.tensors()
+    options = session_options(threads=2)
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    first = run(open_session(case.model(tensors), options=options), feeds_of(tensors))
+    check(case, tensors, first)
+    again = run(open_session(tmp_path / "optimized.onnx"), feeds_of(tensors))
+    assert again.tobytes() == first.tobytes()
+
+
+# --- many runs, many sessions ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op_type", ["QMoE", "MatMulNBits"])
+def test_concurrent_runs(op_type: str, dtype: str) -> None:
+    """Threads that share a session get the bits that one alone gets, whatever the others run."""
+    cases: list[Case] = [
+        QMoECase(dtype=dtype, tokens=t) if op_type == "QMoE" else MatMulNBitsCase(dtype=dtype, m=t)
+        for t in (1, 2, 7, 40)
+    ]
+    tensors = cases[0].tensors()
+    session = open_session(cases[0].model(tensors), threads=2)
+    feeds = [feeds_of(case.tensors()) for case in cases]
+    expected = [run(session, feed).tobytes() for feed in feeds]
+
+    def work(seed: int) -> int:
+        order = np.random.default_rng(seed).integers(0, len(feeds), 50)
+        return sum(run(session, feeds[i]).tobytes() != expected[i] for i in order)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(work, range(8))) == 0
+
+
+@each_case
+def test_sessions_come_and_go(case: Case) -> None:
+    """ONNX Runtime closes the library with its last session; the next one must work as well."""
+    tensors = case.tensors()
+    model = case.model(tensors)
+    results = set()
+    for _ in range(4):
+        sessions = [open_session(model) for _ in range(3)]
+        results |= {run(session, feeds_of(tensors)).tobytes() for session in sessions}
+        del sessions
+        gc.collect()
+    assert len(results) == 1
+
+
+def test_sessions_made_by_threads() -> None:
+    case = QMoECase()
+    tensors = case.tensors()
+    model = case.model(tensors).SerializeToString()
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(
+            lambda _: run(open_session(model), feeds_of(tensors)).tobytes(), range(16)
+        )
+        assert len(set(results)) == 1
+
+
+@each_case
+def test_two_runtimes_in_one_process(case: Case, library: str) -> None:
+    c_library = library_path()
+    if c_library is None:
+        pytest.skip("this onnxruntime package has no libonnxruntime.so")
+    tensors = case.tensors()
+    model = case.model(tensors)
+    feeds = feeds_of(tensors)
+    python_session = open_session(model)
+    runtime = Runtime(c_library)
+    c_session = runtime.session(model.SerializeToString(), library)
+    expected = run(python_session, feeds)
+    for _ in range(3):
+        assert runtime.run(c_session, feeds, expected.shape).tobytes() == expected.tobytes()
+        assert run(python_session, feeds).tobytes() == expected.tobytes()
+    bad = one_node_model(case.op_type, tensors, {**case.attributes(), "accuracy_level": 9})
+    with pytest.raises(RuntimeError, match="accuracy_level is 9; allowed are 0 to 4"):
+        runtime.session(bad.SerializeToString(), library)
+
+
+# --- mapped files ---------------------------------------------------------------------------------
+
+BIG = MatMulNBitsCase(n=4096, k=2048, bias=False, block_size=128)  # 4 MiB of codes
+
+
+def resident_kib(path: Path) -> int:
+    """Memory that this process holds of a mapped file."""
+    resident, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            resident += int(line.split()[1])
+    return resident
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_mapped_weights_are_given_back(tmp_path: Path) -> None:
+    tensors = BIG.tensors()
+    path = save_external(BIG.model(tensors), tmp_path)
+    session = open_session(path)
+    # Neighbours of a page are read with it, and a tensor's first and last page may be shared.
+    assert resident_kib(path.with_name(path.name + ".data")) < 512
+    result = run(session, feeds_of(tensors))
+    check(BIG, tensors, result)
+    again = open_session(path)  # the mapping can still be read
+    assert run(again, feeds_of(tensors)).tobytes() == result.tobytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+@pytest.mark.parametrize("mode", ["c", "r"])
+def test_written_pages_of_a_mapping_stay(tmp_path: Path, mode: str) -> None:
+    """Weights in a user's own copy-on-write mapping: what was written there is nowhere else."""
+    tensors = BIG.tensors()
+    model = BIG.model(tensors)
+    path = tmp_path / "codes"
+    tensors["B"].tofile(path)
+    mapped = np.memmap(path, mode=mode, shape=tensors["B"].shape, dtype=np.uint8)
+    if mode == "c":
+        mapped[1000:3000] ^= 0xFF
+        tensors["B"] = np.array(mapped)
+    options = session_options()
+    value = ort.OrtValue.ortvalue_from_numpy(mapped)
+    options.add_initializer("B", value)
+    initializer = next(tensor for tensor in model.graph.initializer if tensor.name == "B")
+    initializer.ClearField("raw_data")
+    initializer.data_location = TensorProto.EXTERNAL
+    initializer.external_data.add(key="location", value="codes")
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    session = open_session(tmp_path / "model.onnx", options=options)
+    assert np.array_equal(np.asarray(mapped), tensors["B"])
+    check(BIG, tensors, run(session, feeds_of(tensors)))
+
+
+# --- the log --------------------------------------------------------------------------------------
+
+LOG = """
+import sys
+import onnxruntime as ort
+options = ort.SessionOptions()
+options.log_severity_level = int(sys.argv[3])
+options.register_custom_ops_library(sys.argv[1])
+ort.InferenceSession(sys.argv[2], options, providers=["CPUExecutionProvider"])
+"""
+
+
+def log_of(library: str, model: onnx.ModelProto, folder: Path, severity: int) -> list[str]:
+    """What a session writes to stderr about the node while it is made."""
+    path = folder / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    command = [sys.executable, "-c", LOG, library, str(path), str(severity)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [line for line in result.stderr.splitlines() if "qmoe_plugin" in line]
+
+
+@each_case
+def test_log_line(case: Case, library: str, tmp_path: Path) -> None:
+    model = case.model(case.tensors())
+    lines = log_of(library, model, tmp_path, severity=1)
+    assert len([line for line in lines if f"{case.op_type} 'node': " in line]) == 1
+    packed = r"float32 on the CPU, packed in .* ms(; int4 block 32 [0-9 x]+ as \w+, \d+ bytes)+"
+    assert re.search(packed, "".join(lines))
+    assert log_of(library, model, tmp_path, severity=2) == []
+
+
+def test_ambiguous_layout_is_warned_about(library: str, tmp_path: Path) -> None:
+    """hidden_size = inter_size and nothing gated: raw and prepacked weights look alike."""
+    case = QMoECase(hidden=64, inter=64, activation="relu")
+    attributes = case.attributes()
+    del attributes["weights_prepacked"]
+    model = one_node_model("QMoE", case.tensors(), attributes)
+    warnings = log_of(library, model, tmp_path, severity=2)
+    assert "read as raw. Write weights_prepacked=0" in "".join(warnings)
+    check(case, case.tensors(), run(open_session(model), feeds_of(case.tensors())))

@@ -1,0 +1,102 @@
+"""examples/cpp: a CMake project that takes ours by FetchContent and runs models without Python."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from helpers.cases import Case, MatMulNBitsCase, QMoECase, feeds_of
+from helpers.tolerance import check
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "examples-cpp"  # kept, so that only a change of the sources is built again
+
+
+def tool(name: str) -> str | None:
+    """A program on the path, or beside this Python (cmake and ninja are packages too)."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.is_file() else shutil.which(name)
+
+
+@pytest.fixture(scope="module")
+def program() -> Path:
+    """The built example."""
+    cmake, ninja = tool("cmake"), tool("ninja")
+    if cmake is None or not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("cmake and a C++ compiler are needed: pip install cmake, apt install g++")
+    configure = [cmake, "-S", str(ROOT / "examples" / "cpp"), "-B", str(BUILD)]
+    configure += ["-DQMOE_PLUGIN_CUDA=OFF"]
+    if ninja is not None:
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    for command in (configure, [cmake, "--build", str(BUILD), "--parallel", "2"]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return BUILD / "run_model"
+
+
+@pytest.fixture(scope="module")
+def onnxruntime_library() -> Path:
+    """The C library inside the onnxruntime wheel."""
+    found = sorted((Path(ort.__file__).parent / "capi").glob("libonnxruntime.so*"))
+    if not found:
+        pytest.skip("this onnxruntime package has no libonnxruntime.so")
+    return found[0]
+
+
+def numbers(shape: tuple[int, ...]) -> np.ndarray:
+    """What main.cc fills an input with."""
+    index = np.arange(np.prod(shape, dtype=int))
+    values = (index * 37 % 100).astype(np.float32) / np.float32(100) - np.float32(0.5)
+    return values.reshape(shape)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [QMoECase(router="equal"), MatMulNBitsCase(zero_points="packed")],
+    ids=lambda c: c.op_type,
+)
+def test_example_runs_a_model(
+    case: Case, program: Path, onnxruntime_library: Path, tmp_path: Path
+) -> None:
+    tensors = case.tensors()
+    feeds = {name: numbers(tensor.shape) for name, tensor in feeds_of(tensors).items()}
+    tensors |= feeds
+    model = case.model(tensors)
+    for graph_input in model.graph.input:
+        for axis, dim in enumerate(graph_input.type.tensor_type.shape.dim):
+            dim.dim_value = feeds[graph_input.name].shape[axis]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+
+    result = subprocess.run(
+        [str(program), str(onnxruntime_library), str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.match(r"qmoe_plugin \d+\.\d+\.\d+ with \d+ kernels\n", result.stderr)
+    printed = np.array(result.stdout.split(), dtype=np.float32)
+    check(case, tensors, printed.reshape(case.expected(tensors).shape))
+
+
+def test_example_reports_errors(program: Path, onnxruntime_library: Path, tmp_path: Path) -> None:
+    case = MatMulNBitsCase()
+    tensors = case.tensors()
+    tensors["B"] = tensors["B"][:, :-1]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(case.model(tensors).SerializeToString())
+    result = subprocess.run(
+        [str(program), str(onnxruntime_library), str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "qmoe_plugin.MatMulNBits node 'node': B is uint8[48, 2, 16]" in result.stderr
