@@ -1,0 +1,66 @@
+"""The compiled module: the kernel registry, and the fast paths of `qmoe_plugin.formats`."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+def version() -> str:
+    """Version of the library, as in "0.1.0"."""
+
+def ort_api_range() -> tuple[int, int]:
+    """Lowest and highest ONNX Runtime API version that the library was written for."""
+
+def has_cuda() -> bool:
+    """Whether CUDA kernels were compiled in."""
+
+def cuda_archs() -> str:
+    """The CUDA architectures that were compiled in, as in "80;90a"; "" without CUDA."""
+
+def cuda_devices() -> list[int]:
+    """Compute capability of each CUDA device (90 = Hopper); empty without a driver."""
+
+def kernels() -> list[dict[str, Any]]:
+    """The support table: dicts with the fields of `qmoe_plugin_kernel` (include/qmoe_plugin.h)."""
+
+def explain(
+    *,
+    device: str,
+    sm: int,
+    stage: str,
+    format: str,
+    dtype: str,
+    activation: str,
+    experts: int,
+    rows: int,
+    n: int,
+    k: int,
+    block_size: int,
+    zero_points: bool,
+    accuracy_level: int,
+) -> list[tuple[str, str]]:
+    """The kernels of this format and device, best first, each with its refusal ("" for none)."""
+
+def formats() -> list[dict[str, Any]]:
+    """The registered formats: name, bits, default_zero_point, zero_points, values."""
+
+def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Packs codes [R, K] into bytes [R, ceil(K * bits / 8)], lowest bits first."""
+
+def unpack(packed: npt.NDArray[np.uint8], bits: int, k: int) -> npt.NDArray[np.uint8]:
+    """Undoes `pack`."""
+
+def quantize(
+    weights: npt.NDArray[np.float32], format: str, block_size: int, symmetric: bool
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+    """Quantises rows [R, K]: packed codes, scales [R, G], zero points [R, G]."""
+
+def dequantize(
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.float32],
+    zero_points: npt.NDArray[np.float32] | None,
+    format: str,
+    block_size: int,
+    k: int,
+) -> npt.NDArray[np.float32]:
+    """Decodes packed rows to [R, K]."""

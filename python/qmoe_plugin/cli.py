@@ -1,0 +1,113 @@
+"""The command line: ``python -m qmoe_plugin``. No logic here, only arguments and printing.
+
+Exit codes: 0 if all is well, 1 if something is wrong (said on standard error), 2 for bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import qmoe_plugin
+from qmoe_plugin import doctor
+from qmoe_plugin.graph.inspect import explain_model
+from qmoe_plugin.tables import kernel_table, support_page
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    try:
+        code: int = options.run(options)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"qmoe_plugin: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qmoe_plugin", description=qmoe_plugin.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--version", action="version", version=qmoe_plugin.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("doctor", help="check the installation and try the ops out")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_doctor)
+
+    command = commands.add_parser("kernels", help="print the support table")
+    style = command.add_mutually_exclusive_group()
+    style.add_argument("--json", action="store_true", help="print JSON")
+    style.add_argument("--markdown", action="store_true", help="print the page docs/support.md")
+    command.set_defaults(run=_kernels)
+
+    command = commands.add_parser("retarget", help="move a model's nodes to our domain")
+    command.add_argument("input", type=Path, metavar="IN", help="ONNX model")
+    command.add_argument("output", type=Path, metavar="OUT", help="where to write the new model")
+    command.add_argument("--back", action="store_true", help="move them back to com.microsoft")
+    command.add_argument("--strict", action="store_true", help="fail if any node is left behind")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_sm(command)
+    command.set_defaults(run=_retarget)
+
+    command = commands.add_parser("explain", help="say which kernel runs each node, and why")
+    command.add_argument("input", type=Path, metavar="MODEL", help="ONNX model")
+    command.add_argument("--node", metavar="NAME", help="only the node of this name")
+    command.add_argument("--tokens", type=int, default=1, metavar="T", help="tokens in a run (1)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _add_sm(command)
+    command.set_defaults(run=_explain)
+    return parser
+
+
+def _add_sm(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--sm", type=int, help="compute capability, as in 90; 0 for the CPU (default: this machine)"
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    checks = []
+    for check in doctor.examine():
+        checks.append(check)
+        if not options.json:
+            print(check, flush=True)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
+    return int(any(check.status == "broken" for check in checks))
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    kernels = qmoe_plugin.kernels()
+    if options.json:
+        print(json.dumps([dataclasses.asdict(kernel) for kernel in kernels], indent=2))
+    else:
+        print(support_page(kernels) if options.markdown else kernel_table(kernels))
+    return 0
+
+
+def _retarget(options: argparse.Namespace) -> int:
+    if options.back:
+        report = qmoe_plugin.unretarget(options.input, options.output)
+    else:
+        report = qmoe_plugin.retarget(options.input, options.output, sm=options.sm)
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    if not report.moved:
+        print("qmoe_plugin: no node was moved", file=sys.stderr)
+        return 1
+    return int(options.strict and bool(report.kept))
+
+
+def _explain(options: argparse.Namespace) -> int:
+    answers = explain_model(options.input, sm=options.sm, tokens=options.tokens, name=options.node)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(answer) for answer in answers], indent=2))
+    else:
+        print("\n".join(str(answer) for answer in answers))
+    return int(not all(answer.runs for answer in answers))

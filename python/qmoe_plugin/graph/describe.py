@@ -1,0 +1,55 @@
+"""What kernel selection needs to know of a node, read off the model without reading any weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from qmoe_plugin.devices import Target
+from qmoe_plugin.kernels import Problem
+from qmoe_plugin.library import DOMAIN, OPS
+
+STOCK_DOMAIN = "com.microsoft"
+
+
+class UnsupportedError(Exception):
+    """Our ops cannot run this node; the message says why."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A node, as kernel selection sees it.
+
+    Attributes:
+        gemms: Its matrix products, for one token.
+        decided: Attributes whose value was found out from the shapes, and should be written down.
+    """
+
+    gemms: tuple[Problem, ...]
+    decided: Mapping[str, int] = field(default_factory=dict)
+
+    def problems(self, target: Target, tokens: int) -> tuple[Problem, ...]:
+        """The matrix products of a run with this many tokens on a device."""
+        return tuple(
+            dataclasses.replace(gemm, target=target, rows=gemm.rows * tokens) for gemm in self.gemms
+        )
+
+
+def describe(node: ir.Node) -> Description:
+    """Describes a QMoE or MatMulNBits node.
+
+    Raises:
+        UnsupportedError: If our ops cannot run it.
+    """
+    from qmoe_plugin.graph.matmul_nbits import describe_matmul_nbits
+    from qmoe_plugin.graph.qmoe import describe_qmoe
+
+    if node.domain not in (STOCK_DOMAIN, DOMAIN) or node.op_type not in OPS:
+        raise UnsupportedError(
+            f"{node.domain or 'ai.onnx'}.{node.op_type} is not one of our ops; they are "
+            f"{' and '.join(OPS)} of {STOCK_DOMAIN} or {DOMAIN}"
+        )
+    return describe_qmoe(node) if node.op_type == "QMoE" else describe_matmul_nbits(node)

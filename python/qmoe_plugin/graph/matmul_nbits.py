@@ -1,0 +1,84 @@
+"""Describes a MatMulNBits node."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from qmoe_plugin.graph.describe import Description, UnsupportedError
+from qmoe_plugin.graph.inputs import (
+    FLOATS,
+    Constant,
+    accuracy_level,
+    activation_dtype,
+    constant,
+    integer,
+    known_attributes,
+    required,
+)
+from qmoe_plugin.graph.projections import check_block_size, check_zero_points, find_format
+from qmoe_plugin.kernels import Problem
+
+STOCK_ATTRIBUTES = ("K", "N", "accuracy_level", "bits", "block_size", "weight_prepacked")
+"""The attributes of com.microsoft MatMulNBits in onnxruntime 1.31.1."""
+
+
+def describe_matmul_nbits(node: ir.Node) -> Description:
+    """Describes a MatMulNBits node.
+
+    Raises:
+        UnsupportedError: If our op cannot run it.
+    """
+    known_attributes(node, STOCK_ATTRIBUTES)
+    order = integer(node, "weight_prepacked", 0)
+    if order != 0:
+        raise UnsupportedError(
+            f"weight_prepacked={order} says that B is prepacked for stock CUDA kernels; export it "
+            "without matmulnbits_weights_prepacked"
+        )
+    n, k, block_size = (integer(node, name, 0) for name in ("N", "K", "block_size"))
+    if n < 1 or k < 1:
+        raise UnsupportedError(f"N is {n} and K is {k}; both must be given and positive")
+    check_block_size(block_size)
+    fmt = find_format("int", integer(node, "bits", 4))
+    groups = fmt.groups(k, block_size)
+    codes, scales = required(node, 1, "B"), _by_row(required(node, 2, "scales"), n)
+    zero_points, bias = constant(node, 3, "zero_points"), constant(node, 5, "bias")
+    group_index = constant(node, 4, "g_idx")
+
+    expected = (n, groups, block_size * fmt.bits // 8)
+    if codes.dtype is not ir.DataType.UINT8 or codes.shape != expected:
+        raise UnsupportedError(
+            f"{codes} must be uint8{list(expected)} = [N, blocks, block_size * bits / 8]"
+        )
+    if scales.dtype not in FLOATS or scales.shape != (n, groups):
+        raise UnsupportedError(f"{scales} must be a float tensor of shape {[n, groups]}")
+    if zero_points is not None:
+        check_zero_points(_by_row(zero_points, n), fmt, (n, groups), block_size)
+    if group_index is not None and (
+        group_index.dtype is not ir.DataType.INT32
+        or group_index.shape not in {(k,), (groups * block_size,)}
+    ):
+        raise UnsupportedError(f"{group_index} must be int32{[k]}")
+    if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
+        raise UnsupportedError(f"{bias} must be a float tensor of shape {[n]}")
+
+    gemm = Problem(
+        stage="dense",
+        format=fmt.name,
+        n=n,
+        k=k,
+        dtype=activation_dtype(node, bias, scales),
+        block_size=block_size,
+        zero_points=zero_points is not None,
+        accuracy_level=accuracy_level(node),
+    )
+    return Description((gemm,))
+
+
+def _by_row(tensor: Constant, n: int) -> Constant:
+    """The tensor as [N, x]; older exporters wrote it flat."""
+    if len(tensor.shape) == 1 and tensor.shape[0] > 0 and tensor.shape[0] % n == 0:
+        return dataclasses.replace(tensor, shape=(n, tensor.shape[0] // n))
+    return tensor

@@ -1,0 +1,243 @@
+"""Moves QMoE and MatMulNBits nodes to our domain, and back."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import overload
+
+import onnx
+import onnx_ir as ir
+
+from qmoe_plugin.devices import Target, target
+from qmoe_plugin.graph import matmul_nbits, qmoe
+from qmoe_plugin.graph.apply import apply
+from qmoe_plugin.graph.describe import STOCK_DOMAIN, Description, UnsupportedError, describe
+from qmoe_plugin.graph.walk import bodies, label
+from qmoe_plugin.kernels import ask
+from qmoe_plugin.library import DOMAIN, OPS
+from qmoe_plugin.report import KernelChoice, NodeReport, RetargetReport
+
+DOMAIN_VERSION = 1
+"""The opset version of our domain."""
+
+RESTORE_KEY = "qmoe_plugin.restore"
+"""Metadata of a moved node: JSON of the attributes that were written, each with its former value
+(null if there was none)."""
+
+TYPICAL_TOKENS = (1, 512)
+"""A node is only moved if there is a kernel for few tokens and one for many."""
+
+STOCK_ATTRIBUTES = {
+    "QMoE": frozenset(qmoe.STOCK_ATTRIBUTES),
+    "MatMulNBits": frozenset(matmul_nbits.STOCK_ATTRIBUTES),
+}
+
+Model = ir.Model | onnx.ModelProto
+Path = str | os.PathLike[str]
+
+
+@overload
+def retarget(model: Model, *, sm: int | None = None) -> RetargetReport: ...
+@overload
+def retarget(model: Path, output: Path, *, sm: int | None = None) -> RetargetReport: ...
+def retarget(
+    model: Model | Path, output: Path | None = None, *, sm: int | None = None
+) -> RetargetReport:
+    """Moves the QMoE and MatMulNBits nodes of a model from com.microsoft to our domain.
+
+    Weights are neither read nor changed. Nodes that no kernel of ours takes stay where they are;
+    the reasons are in the report, and logged as warnings of the logger "qmoe_plugin". What moves
+    and what stays: `Retarget`.
+
+    Args:
+        model: An onnx_ir.Model or onnx.ModelProto, which is changed in place; or the path of a
+            model, with `output` saying where to write the new one.
+        output: Path of the new model; may be the path of the old one. Files with external data are
+            not rewritten: in the same folder both models share them, in another folder they are
+            hard-linked, or copied where the file system cannot link.
+        sm: Compute capability that the model will run on (90 = Hopper), 0 for the CPU; None for
+            what this machine has.
+
+    Returns:
+        Which nodes moved, with the kernels that will run them, and which stayed, with the reason.
+    """
+    return apply(Retarget(target(sm)), model, output)
+
+
+@overload
+def unretarget(model: Model) -> RetargetReport: ...
+@overload
+def unretarget(model: Path, output: Path) -> RetargetReport: ...
+def unretarget(model: Model | Path, output: Path | None = None) -> RetargetReport:
+    """Undoes `retarget`: moves our nodes back to com.microsoft.
+
+    A model that `retarget` changed is afterwards as it was before.
+
+    Args:
+        model: As for `retarget`.
+        output: As for `retarget`.
+
+    Returns:
+        Which nodes moved, and which stayed, with the reason.
+    """
+    return apply(Unretarget(), model, output)
+
+
+class ChangeDomain(ir.passes.InPlacePass):
+    """Moves nodes of our two ops from one domain to another, unless `check` finds a reason not to.
+
+    `report` says what the last call did.
+    """
+
+    source: str
+    destination: str
+    version: int
+
+    def __init__(self) -> None:
+        """Makes a pass; call it with a model."""
+        super().__init__()
+        self.report = RetargetReport(self.destination, "")
+
+    def check(self, node: ir.Node) -> str:
+        """Why a node stays where it is; "" if it can be moved."""
+        raise NotImplementedError
+
+    def move(self, node: ir.Node) -> tuple[KernelChoice, ...]:
+        """Changes a node that passed `check`; returns what will run it."""
+        raise NotImplementedError
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Changes the model, and sets `report`."""
+        moved: list[NodeReport] = []
+        kept: list[NodeReport] = []
+        already = 0
+        defined = {(f.domain, f.name) for f in model.functions.values()}
+        for body in bodies(model):
+            before = len(moved)
+            for node in body.nodes():
+                if node.op_type not in OPS:
+                    continue
+                already += node.domain == self.destination
+                if node.domain != self.source:
+                    continue
+                if (node.domain, node.op_type) in defined:
+                    reason = "the model defines this op itself, as a function"
+                else:
+                    reason = self.check(node)
+                kernels = () if reason else self.move(node)
+                entry = NodeReport(label(node), node.op_type, body.function, reason, kernels)
+                (kept if reason else moved).append(entry)
+            if len(moved) > before:
+                body.opset_imports.setdefault(self.destination, self.version)
+                self.drop_import(body.opset_imports, any(n.domain == DOMAIN for n in body.nodes()))
+        self.report = RetargetReport(
+            self.destination, self.target_text(), tuple(moved), tuple(kept), already
+        )
+        return ir.passes.PassResult(model, bool(moved))
+
+    def drop_import(self, opset_imports: dict[str, int], ours_left: bool) -> None:
+        """Takes away an opset import that is needed no more."""
+
+    def target_text(self) -> str:
+        """For `RetargetReport.target`."""
+        return ""
+
+
+class Retarget(ChangeDomain):
+    """The pass behind `retarget`.
+
+    A QMoE or MatMulNBits node of com.microsoft is moved to our domain if
+
+    1. its op is not redefined by a function of the model;
+    2. we know all its attributes, and their values are allowed;
+    3. its weights, scales, zero points and biases are constant: initializers, or Constant nodes;
+    4. their types and shapes fit together;
+    5. its weights are raw, that is, not in the order that stock CUDA kernels read. For QMoE this is
+       found out from the shapes of all its projections, see `qmoe_plugin.graph.qmoe`;
+    6. there are kernels on the target that run it, for few tokens and for many.
+
+    What was decided in 5 is written to the moved node (weights_prepacked=0), and the former value
+    to its metadata. Nothing else of the node changes but its domain. Nodes in subgraphs and in the
+    model's functions are treated alike; each body gets the opset import it needs.
+    """
+
+    source = STOCK_DOMAIN
+    destination = DOMAIN
+    version = DOMAIN_VERSION
+
+    def __init__(self, where: Target) -> None:
+        """Makes a pass that chooses kernels for `where`."""
+        super().__init__()
+        self.target = where
+
+    def check(self, node: ir.Node) -> str:
+        """Why a node stays in com.microsoft; "" if it can be moved."""
+        try:
+            self._choose(describe(node))
+        except UnsupportedError as error:
+            return str(error)
+        return ""
+
+    def move(self, node: ir.Node) -> tuple[KernelChoice, ...]:
+        """Moves a node that passed `check`."""
+        description = describe(node)
+        former: dict[str, int | None] = {}
+        for name, value in description.decided.items():
+            attribute = node.attributes.get(name)
+            former[name] = None if attribute is None else attribute.as_int()
+            node.attributes[name] = ir.AttrInt64(name, value)
+        changed = {name: old for name, old in former.items() if old != description.decided[name]}
+        if changed:
+            node.metadata_props[RESTORE_KEY] = json.dumps(changed)
+        node.domain = DOMAIN
+        return self._choose(description)
+
+    def target_text(self) -> str:
+        """What kernels are chosen for."""
+        return str(self.target)
+
+    def _choose(self, description: Description) -> tuple[KernelChoice, ...]:
+        choices: dict[tuple[str, int], str] = {}
+        for tokens in TYPICAL_TOKENS:
+            for problem in description.problems(self.target, tokens):
+                answer = ask(problem)
+                if answer.kernel is None:
+                    raise UnsupportedError(f"no kernel runs {problem}: {answer.refusals}")
+                choices[problem.stage, tokens] = answer.kernel
+        return tuple(KernelChoice(*key, kernel) for key, kernel in choices.items())
+
+
+class Unretarget(ChangeDomain):
+    """The pass behind `unretarget`.
+
+    A QMoE or MatMulNBits node of our domain is moved to com.microsoft if the op there has all its
+    attributes. Attributes that `retarget` wrote get back their former value.
+    """
+
+    source = DOMAIN
+    destination = STOCK_DOMAIN
+    version = 1
+
+    def check(self, node: ir.Node) -> str:
+        """Why a node stays in our domain; "" if it can be moved."""
+        unknown = sorted(set(node.attributes) - STOCK_ATTRIBUTES[node.op_type])
+        if unknown:
+            return f"com.microsoft has no attribute {', '.join(unknown)} for {node.op_type}"
+        return ""
+
+    def move(self, node: ir.Node) -> tuple[KernelChoice, ...]:
+        """Moves a node that passed `check`."""
+        former: dict[str, int | None] = json.loads(node.metadata_props.pop(RESTORE_KEY, "{}"))
+        for name, value in former.items():
+            if value is None:
+                node.attributes.pop(name, None)
+            else:
+                node.attributes[name] = ir.AttrInt64(name, value)
+        node.domain = STOCK_DOMAIN
+        return ()
+
+    def drop_import(self, opset_imports: dict[str, int], ours_left: bool) -> None:
+        """Our domain is no longer imported where no node of it is left."""
+        if not ours_left:
+            opset_imports.pop(DOMAIN, None)

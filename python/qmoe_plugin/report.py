@@ -1,0 +1,115 @@
+"""What a pass did to a model, and why it left the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger("qmoe_plugin")
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernel that runs one matrix product of a node for a number of tokens."""
+
+    stage: str
+    tokens: int
+    kernel: str
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What happened to one node.
+
+    Attributes:
+        name: Name of the node, or of its first output.
+        op_type: "QMoE" or "MatMulNBits".
+        function: Name of the model's function that holds the node; "" for its graph.
+        reason: Why the node was left alone; "" if it was moved.
+        kernels: What will run it, for few and for many tokens. Empty for a node that was left, or
+            was moved back.
+    """
+
+    name: str
+    op_type: str
+    function: str = ""
+    reason: str = ""
+    kernels: tuple[KernelChoice, ...] = ()
+
+    @property
+    def kernel_text(self) -> str:
+        """The kernels in one line; token counts only where they make a difference."""
+        parts = []
+        for stage in dict.fromkeys(choice.stage for choice in self.kernels):
+            choices = [choice for choice in self.kernels if choice.stage == stage]
+            names = list(dict.fromkeys(choice.kernel for choice in choices))
+            if len(names) == 1:
+                parts.append(f"{stage} {names[0]}")
+            else:
+                texts = (f"{choice.kernel} ({choice.tokens} tokens)" for choice in choices)
+                parts.append(f"{stage} {' / '.join(texts)}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class RetargetReport:
+    """What `retarget` or `unretarget` did.
+
+    Attributes:
+        domain: Where nodes were moved to.
+        target: What kernels were chosen for, as in "CUDA (sm_90)"; "" for `unretarget`.
+        moved: Nodes that are now in `domain`.
+        kept: Nodes that were left where they were, each with a reason.
+        already: How many nodes were in `domain` before.
+    """
+
+    domain: str
+    target: str
+    moved: tuple[NodeReport, ...] = ()
+    kept: tuple[NodeReport, ...] = ()
+    already: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dicts and lists, for JSON."""
+        return dataclasses.asdict(self)
+
+    def log(self) -> None:
+        """Writes the report to the logger "qmoe_plugin": nodes that were left as warnings."""
+        logger.info("%s", self._headline())
+        for text in _grouped(self.moved, lambda node: node.kernel_text):
+            logger.info("%s", text)
+        for text in _grouped(self.kept, lambda node: node.reason):
+            logger.warning("left alone: %s", text)
+
+    def _headline(self) -> str:
+        total = len(self.moved) + len(self.kept)
+        text = f"moved {len(self.moved)} of {total} nodes to {self.domain}"
+        text += f", for {self.target}" if self.target else ""
+        return text + (f"; {self.already} were there before" if self.already else "")
+
+    def __str__(self) -> str:
+        """A few lines for people: nodes with the same fate share one."""
+        lines = [self._headline()]
+        lines += [f"  {text}" for text in _grouped(self.moved, lambda node: node.kernel_text)]
+        if self.kept:
+            lines.append("left alone:")
+            lines += [f"  {text}" for text in _grouped(self.kept, lambda node: node.reason)]
+        return "\n".join(lines)
+
+
+def _grouped(nodes: Iterable[NodeReport], text_of: Callable[[NodeReport], str]) -> list[str]:
+    """One line for all nodes of an op with the same text, naming the first of them."""
+    groups: dict[tuple[str, str], list[NodeReport]] = {}
+    for node in nodes:
+        groups.setdefault((node.op_type, text_of(node)), []).append(node)
+    lines = []
+    for (op_type, text), members in groups.items():
+        where = f" of function {members[0].function}" if members[0].function else ""
+        others = f" and {len(members) - 1} more" if len(members) > 1 else ""
+        lines.append(
+            f"{op_type} '{members[0].name}'{where}{others}" + (f": {text}" if text else "")
+        )
+    return lines

@@ -1,0 +1,69 @@
+"""The support table as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qmoe_plugin import formats
+from qmoe_plugin.kernels import Kernel
+
+_HEADER = ("kernel", "format", "device", "activations", "priority", "limits")
+
+
+def kernel_table(kernels: Sequence[Kernel]) -> str:
+    """The kernels, for a terminal; those that this processor cannot run are marked."""
+    rows = [
+        (*_cells(kernel)[:-1], kernel.limits + ("" if kernel.available else " (not on this CPU)"))
+        for kernel in kernels
+    ]
+    widths = [max(len(row[i]) for row in [_HEADER, *rows]) for i in range(len(_HEADER))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [_HEADER, *rows]
+    ]
+    return "\n".join(lines)
+
+
+def support_page(kernels: Sequence[Kernel]) -> str:
+    """The page docs/support.md: formats and kernels. The same on every machine."""
+    lines = [
+        "# Support table",
+        "",
+        "Generated from the registry by `python -m qmoe_plugin kernels --markdown`; do not edit.",
+        "",
+        "Each kernel computes the matrix products of both ops: fc1 and fc2 of QMoE, MatMulNBits.",
+        "Of the kernels that can run a problem, the one with the highest priority is taken;",
+        "`qmoe_plugin.explain(node)` shows which, and why each of the others does not run it.",
+        "",
+        "## Formats",
+        "",
+        *_markdown(("format", "bits", "zero points", "default zero point"), _format_rows()),
+        "",
+    ]
+    for device in ("CPU", "CUDA"):
+        rows = [_cells(kernel) for kernel in kernels if kernel.device == device]
+        lines += [f"## {device} kernels", ""]
+        if rows:
+            lines += [*_markdown(_HEADER, rows), ""]
+        else:
+            lines += [f"This build has no {device} kernels.", ""]
+    return "\n".join(lines).rstrip()
+
+
+def _cells(kernel: Kernel) -> tuple[str, ...]:
+    where: str = kernel.device
+    if kernel.device == "CUDA":
+        where = f"sm_{kernel.min_sm} to sm_{kernel.max_sm}"
+    dtypes = ", ".join(kernel.dtypes)
+    return (kernel.name, kernel.format, where, dtypes, str(kernel.priority), kernel.limits)
+
+
+def _format_rows() -> list[tuple[str, ...]]:
+    return [
+        (f.name, str(f.bits), "yes" if f.zero_points else "no", f"{f.default_zero_point:g}")
+        for f in formats.FORMATS.values()
+    ]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]

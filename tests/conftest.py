@@ -1,0 +1,33 @@
+"""Fixtures of all tests; options and markers are in pyproject.toml."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import devices
+
+
+@pytest.fixture(scope="session")
+def library() -> str:
+    """Path of the built library. Fails, rather than skips, where it is missing."""
+    problem = devices.library_problem()
+    if problem is not None:
+        pytest.fail(problem, pytrace=False)
+    import qmoe_plugin
+
+    return qmoe_plugin.get_library_path()
+
+
+@pytest.fixture(scope="session")
+def cuda() -> None:
+    """Skips unless tests can run on a GPU."""
+    problem = devices.cuda_problem()
+    if problem is not None:
+        pytest.skip(f"no GPU: {problem}")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, library: str) -> str:
+    """First "cpu", then "cuda"; tests on a GPU that is not there skip and say what is missing."""
+    if request.param == "cuda":
+        request.getfixturevalue("cuda")
+    return request.param

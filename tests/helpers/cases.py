@@ -1,0 +1,352 @@
+"""QMoE and MatMulNBits nodes as data: options in, tensors, model and expected result out.
+
+Weights are random codes and random scales rather than quantised floats: that reaches all codes and
+both signs of the scales, and costs nothing. They are scaled so that every projection of N(0, 1)
+inputs is about N(0, 1) again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from helpers.dtypes import numpy_dtype
+from helpers.models import ACTIVATION_INPUTS, DOMAIN, one_node_model
+from qmoe_plugin import formats, reference
+
+Tensors = dict[str, np.ndarray]
+
+GATED = reference.GATED_ACTIVATIONS
+ACTIVATIONS = ("identity", "relu", "gelu", "silu", *GATED)
+
+
+def describe(case: Any) -> str:
+    """The options of a case that differ from their defaults, short enough for a test id."""
+    parts = []
+    for field in dataclasses.fields(case):
+        value = getattr(case, field.name)
+        if value != field.default:
+            parts.append(f"{field.name}={value}")
+    return "-".join(parts) or "default"
+
+
+def random_projection(
+    rng: np.random.Generator,
+    fmt: formats.Format,
+    shape: tuple[int, ...],
+    block_size: int,
+    scale_dtype: np.dtype,
+    *,
+    signs: bool,
+    zero_points: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Random codes [..., N, K * bits / 8], scales [..., N, G] or [..., N], packed zero points."""
+    *lead, n, k = shape
+    codes = rng.integers(0, 1 << fmt.bits, shape, dtype=np.uint8)
+    scale_shape = (*lead, n, fmt.groups(k, block_size)) if block_size else (*lead, n)
+    spread = np.std(fmt.values) * math.sqrt(k)
+    scales = rng.uniform(0.5, 1.5, scale_shape) / spread
+    if signs:
+        scales *= rng.choice([-1.0, 1.0], scale_shape)
+    zeros = None
+    if zero_points:
+        middle, quarter = int(fmt.default_zero_point), (1 << fmt.bits) // 4
+        zeros = rng.integers(middle - quarter, middle + quarter + 1, scale_shape, dtype=np.uint8)
+        extreme = rng.random(scale_shape) < 0.05  # the two ends of the range too
+        zeros[extreme] = rng.choice([0, (1 << fmt.bits) - 1], int(extreme.sum()))
+        zeros = formats.pack(zeros, fmt.bits)
+    return formats.pack(codes, fmt.bits), scales.astype(scale_dtype), zeros
+
+
+def router_logits(
+    rng: np.random.Generator, kind: str, tokens: int, experts: int, k: int
+) -> np.ndarray:
+    """Router logits [T, E], of a kind.
+
+    random       N(0, 2)
+    ties         small integers, so that many are equal
+    equal        all the same
+    one_expert   one expert gets every token, however many k is
+    masked       -inf for all but max(k, E / 4) experts, as group-limited routers write (DeepSeek)
+    few          -inf for all but one expert, so that others are chosen with probability 0
+    log_sigmoid  log(sigmoid) for k experts and -10000 for the others (LFM2-MoE)
+    far          so far apart that all probabilities but one underflow in float32
+    """
+    logits = rng.normal(0, 2, (tokens, experts))
+    if kind == "ties":
+        logits = rng.integers(0, 3, (tokens, experts)).astype(np.float64)
+    elif kind == "equal":
+        logits[:] = 0.5
+    elif kind == "one_expert":
+        logits[:, experts // 2] = 30.0
+    elif kind in ("masked", "few", "log_sigmoid"):
+        keep = {"masked": max(k, experts // 4), "few": 1, "log_sigmoid": k}[kind]
+        rank = np.argsort(np.argsort(-logits, axis=-1), axis=-1)
+        rest = -10000.0 if kind == "log_sigmoid" else -np.inf
+        kept = np.log(1 / (1 + np.exp(-logits))) if kind == "log_sigmoid" else logits
+        logits = np.where(rank < keep, kept, rest)
+    elif kind == "far":
+        logits = rng.permuted(np.tile(-128.0 * np.arange(experts), (tokens, 1)), axis=-1)
+    elif kind != "random":
+        raise ValueError(f"unknown kind of router logits: {kind}")
+    return logits
+
+
+@dataclass(frozen=True)
+class QMoECase:
+    """A QMoE node and its inputs."""
+
+    format: str = "int4"
+    block_size: int = 32
+    dtype: str = "float32"
+    scale_dtype: str | None = None  # that of the activations by default
+    zero_points: bool = False
+    signs: bool = True  # negative scales too
+    hidden: int = 64
+    inter: int = 96
+    experts: int = 4
+    k: int = 2
+    tokens: int = 3
+    activation: str = "swiglu"
+    fusion: int = 1
+    fc3: bool = False
+    fc2_format: str | None = None  # that of fc1 by default
+    alpha: float | None = None
+    beta: float | None = None
+    limit: float | None = None
+    bias: bool = True
+    normalize: bool = True
+    router: str = "random"
+    router_dtype: str | None = None
+    router_weights: bool = False
+    sparse_mixer: bool = False
+    rank: int = 2
+    router_rank: int = 2
+    trailing_group_axis: bool = False  # per channel: scales [E, N, 1] instead of [E, N]
+    accuracy_level: int = 0
+    seed: int = 0
+
+    op_type = "QMoE"
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    @property
+    def output_dtype(self) -> np.dtype:
+        return numpy_dtype(self.dtype)
+
+    def attributes(self) -> dict[str, int | float | str]:
+        attributes: dict[str, Any] = {
+            **formats.get(self.format).qmoe_attributes,
+            "k": self.k,
+            "activation_type": self.activation,
+            "normalize_routing_weights": int(self.normalize),
+            "swiglu_fusion": self.fusion if self.activation in GATED else None,
+            "block_size": self.block_size or None,
+            "activation_alpha": self.alpha,
+            "activation_beta": self.beta,
+            "swiglu_limit": self.limit,
+            "use_sparse_mixer": int(self.sparse_mixer) or None,
+            "accuracy_level": self.accuracy_level or None,
+            "weights_prepacked": 0,
+        }
+        if self.fc2_format:
+            attributes["fc2_expert_weight_bits"] = formats.get(self.fc2_format).bits
+        return {name: value for name, value in attributes.items() if value is not None}
+
+    def tensors(self) -> Tensors:
+        """All inputs of the node by name, activations and weights."""
+        rng = np.random.default_rng([self.seed, self.hidden, self.inter, self.experts])
+        dtype = numpy_dtype(self.dtype)
+        router_dtype = numpy_dtype(self.router_dtype or self.dtype)
+        gated_in_one = self.activation in GATED and not self.fc3
+        shapes = {
+            "fc1": (self.experts, self.inter * (2 if gated_in_one else 1), self.hidden),
+            "fc2": (self.experts, self.hidden, self.inter),
+        }
+        if self.fc3:
+            shapes["fc3"] = shapes["fc1"]
+        tensors: Tensors = {"input": rng.standard_normal((self.tokens, self.hidden)).astype(dtype)}
+        logits = router_logits(rng, self.router, self.tokens, self.experts, self.k)
+        tensors["router_probs"] = logits.astype(router_dtype)
+        for name, shape in shapes.items():
+            codes, scales, zero_points = random_projection(
+                rng,
+                formats.get(self.fc2_format or self.format if name == "fc2" else self.format),
+                shape,
+                self.block_size,
+                numpy_dtype(self.scale_dtype or self.dtype),
+                signs=self.signs,
+                zero_points=self.zero_points,
+            )
+            if self.trailing_group_axis:
+                scales = scales[..., None]
+            tensors[f"{name}_experts_weights"] = codes
+            tensors[f"{name}_scales"] = scales
+            if zero_points is not None:
+                tensors[f"{name}_zero_points"] = zero_points
+            if self.bias:
+                bias = 0.5 * rng.standard_normal(shape[:2])
+                tensors[f"{name}_experts_bias"] = bias.astype(dtype)
+        if self.router_weights:
+            weights = rng.uniform(0.05, 1.0, (self.tokens, self.experts))
+            tensors["router_weights"] = weights.astype(router_dtype)
+        if self.rank == 3:
+            tensors["input"] = _split_tokens(tensors["input"])
+        if self.router_rank == 3:
+            for name in tensors.keys() & {"router_probs", "router_weights"}:
+                tensors[name] = _split_tokens(tensors[name])
+        return tensors
+
+    def model(self, tensors: Tensors, domain: str = DOMAIN) -> onnx.ModelProto:
+        return one_node_model("QMoE", tensors, self.attributes(), domain=domain)
+
+    def expected(self, tensors: Tensors) -> np.ndarray:
+        """What the oracle says, float64."""
+        return qmoe_oracle(tensors, self.attributes())
+
+
+def _split_tokens(array: np.ndarray) -> np.ndarray:
+    """[T, D] as [B, S, D], B = 2 where T is even."""
+    batch = 2 if array.shape[0] % 2 == 0 else 1
+    return array.reshape(batch, array.shape[0] // batch, array.shape[1])
+
+
+def projections(tensors: Tensors) -> dict[str, reference.Projection]:
+    """The projections of a QMoE node: fc1, fc2 and perhaps fc3."""
+    return {
+        name: reference.Projection(
+            tensors[f"{name}_experts_weights"],
+            tensors[f"{name}_scales"],
+            tensors.get(f"{name}_zero_points"),
+            tensors.get(f"{name}_experts_bias"),
+        )
+        for name in ("fc1", "fc2", "fc3")
+        if f"{name}_experts_weights" in tensors
+    }
+
+
+def qmoe_oracle(tensors: Tensors, attributes: dict[str, int | float | str]) -> np.ndarray:
+    return reference.qmoe(
+        tensors["input"],
+        tensors["router_probs"],
+        **projections(tensors),
+        router_weights=tensors.get("router_weights"),
+        **attributes,
+    )
+
+
+@dataclass(frozen=True)
+class MatMulNBitsCase:
+    """A MatMulNBits node and its inputs."""
+
+    format: str = "int4"
+    block_size: int = 32
+    dtype: str = "float32"
+    scale_dtype: str | None = None  # that of A by default
+    zero_points: str = "none"  # none, packed, bytes (one a block) or typed (floats, one a block)
+    signs: bool = True
+    m: int = 3
+    n: int = 48
+    k: int = 96
+    g_idx: str = "none"  # none, shuffled (a permutation of the natural one) or uneven
+    bias: bool = True
+    rank: int = 2
+    flat: bool = False  # scales and zero points of rank 1, as older exporters write
+    accuracy_level: int = 0
+    seed: int = 0
+
+    op_type = "MatMulNBits"
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    @property
+    def output_dtype(self) -> np.dtype:
+        return numpy_dtype(self.dtype)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.k // self.block_size)
+
+    def attributes(self) -> dict[str, int | float | str]:
+        fmt = formats.get(self.format)
+        assert fmt.matmul_nbits_attributes is not None
+        attributes = {
+            **fmt.matmul_nbits_attributes,
+            "K": self.k,
+            "N": self.n,
+            "block_size": self.block_size,
+        }
+        if self.accuracy_level:
+            attributes["accuracy_level"] = self.accuracy_level
+        return dict(attributes)
+
+    def tensors(self) -> Tensors:
+        """All inputs of the node by name."""
+        rng = np.random.default_rng([self.seed, self.n, self.k])
+        fmt, dtype = formats.get(self.format), numpy_dtype(self.dtype)
+        padded_k = self.groups * self.block_size
+        codes, scales, zero_points = random_projection(
+            rng,
+            fmt,
+            (self.n, padded_k),
+            self.block_size,
+            numpy_dtype(self.scale_dtype or self.dtype),
+            signs=self.signs,
+            zero_points=self.zero_points != "none",
+        )
+        a = rng.standard_normal((self.m, self.k)).astype(dtype)
+        if self.rank == 3:
+            a = _split_tokens(a)
+        elif self.rank == 1:
+            a = a.reshape(-1)
+        tensors: Tensors = {
+            "A": a,
+            "B": codes.reshape(self.n, self.groups, self.block_size * fmt.bits // 8),
+            "scales": scales,
+        }
+        if zero_points is not None:
+            values = formats.unpack(zero_points, fmt.bits, self.groups)
+            if self.zero_points == "bytes":
+                zero_points = values
+            elif self.zero_points == "typed":
+                zero_points = (values + rng.uniform(-0.5, 0.5, values.shape)).astype(dtype)
+            tensors["zero_points"] = zero_points
+        if self.g_idx != "none":
+            natural = np.arange(self.k, dtype=np.int32) // self.block_size
+            uneven = rng.integers(0, self.groups, self.k, dtype=np.int32)
+            tensors["g_idx"] = rng.permutation(natural) if self.g_idx == "shuffled" else uneven
+        if self.bias:
+            tensors["bias"] = (0.5 * rng.standard_normal(self.n)).astype(dtype)
+        if self.flat:
+            for name in tensors.keys() & {"scales", "zero_points"}:
+                tensors[name] = tensors[name].reshape(-1)
+        return tensors
+
+    def model(self, tensors: Tensors, domain: str = DOMAIN) -> onnx.ModelProto:
+        return one_node_model("MatMulNBits", tensors, self.attributes(), domain=domain)
+
+    def expected(self, tensors: Tensors) -> np.ndarray:
+        """What the oracle says, float64."""
+        return matmul_nbits_oracle(tensors, self.attributes())
+
+
+def matmul_nbits_oracle(tensors: Tensors, attributes: dict[str, int | float | str]) -> np.ndarray:
+    inputs = {name.lower(): tensors.get(name) for name in ("zero_points", "g_idx", "bias")}
+    return reference.matmul_nbits(
+        tensors["A"], tensors["B"], tensors["scales"], **inputs, **attributes
+    )
+
+
+Case = QMoECase | MatMulNBitsCase
+
+
+def feeds_of(tensors: Tensors) -> Tensors:
+    """The inputs that are fed at run time."""
+    return {name: tensor for name, tensor in tensors.items() if name in ACTIVATION_INPUTS}

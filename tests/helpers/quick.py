@@ -1,0 +1,45 @@
+"""A few cases that reach every kernel: for slow instruments, and for each new kernel.
+
+They are made for every registered format. `pytest -m quick` runs them all.
+"""
+
+from __future__ import annotations
+
+from helpers.cases import Case, MatMulNBitsCase, QMoECase
+from helpers.dtypes import FLOAT_DTYPES
+from qmoe_plugin import formats
+
+
+def quick_cases(format_name: str) -> list[Case]:
+    """Cases of one format: every dtype, few and many rows, and most options of the ops."""
+    fmt = formats.get(format_name)
+    cases: list[Case] = []
+    for dtype in FLOAT_DTYPES:
+        common = {"format": format_name, "dtype": dtype}
+        cases += [
+            QMoECase(**common, tokens=1, hidden=96, inter=160, experts=8, k=4, activation="swiglu"),
+            QMoECase(**common, tokens=33, block_size=0, activation="silu", scale_dtype="float32"),
+            QMoECase(**common, tokens=70, block_size=64, hidden=128, inter=192, activation="geglu"),
+            QMoECase(
+                **common,
+                tokens=5,
+                block_size=16,
+                fusion=0,
+                fc3=True,
+                zero_points=fmt.zero_points,
+                router_weights=True,
+                router_dtype="float32",
+                rank=3,
+                router_rank=3,
+            ),
+        ]
+        if fmt.matmul_nbits_attributes is None:
+            continue
+        zero_points = "packed" if fmt.zero_points else "none"
+        cases += [
+            MatMulNBitsCase(**common, m=1, n=40, k=288),
+            MatMulNBitsCase(**common, m=2, n=17, k=93, zero_points=zero_points),
+            MatMulNBitsCase(**common, m=19, n=130, k=320, block_size=128, bias=False),
+            MatMulNBitsCase(**common, m=130, n=72, k=160, g_idx="shuffled"),
+        ]
+    return cases

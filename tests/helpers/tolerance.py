@@ -1,0 +1,163 @@
+"""How far a result may be from the float64 oracle.
+
+A kernel may round wherever its activation type rounds: weights dequantised to that type, the hidden
+activations between fc1 and fc2, the result. Each such rounding errs by at most u (the type's unit
+roundoff) of a term, errors of different terms are independent, and K of them add up like a random
+walk. So the yardstick of an element is not its own size, which may be small by cancellation, but
+the root of the sum of its squared terms:
+
+    scale(y) = |y| + sqrt(sum_k (x_k w_k)^2 + bias^2)
+
+and through fc1, activation and fc2 alike, with the activation's slope in between
+(`qmoe_error_scale`). On N(0, 1) data this is about 2 to 3 times the rms of the result. Allowed is
+TOLERANCE[dtype] of it for every single element; the values are what the roundings above add up to
+at about five sigma, over some 10^7 elements:
+
+    float32   5e-6   nothing but float32 accumulation of up to some thousand terms; u = 6e-8
+    float16   1e-3   u = 4.9e-4: weights, hidden activations and result each rounded once
+    bfloat16  8e-3   u = 3.9e-3, likewise
+
+The CPU kernels, which round the result only, stay below 0.4 of this. onnxruntime's own tests allow
+0.1 on results of about unit size in all three types: at least four times as much. accuracy_level 4 allows int8
+activations, one scale a block: half a step of 1/127 of the block's largest element (about 3 sigma),
+so 1 % of the terms.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from helpers.cases import Case, Tensors, projections
+from qmoe_plugin import formats, reference
+
+TOLERANCE = {"float32": 5e-6, "float16": 1e-3, "bfloat16": 8e-3}
+# Near zero a type's steps no longer shrink: some of its smallest numbers are always allowed.
+FLOOR = {"float32": 2.0**-126, "float16": 4 * 2.0**-24, "bfloat16": 2.0**-126}
+# accuracy_level 3 allows bfloat16 arithmetic, 4 int8 activations.
+TOLERANCE_OF_LEVEL = {3: 8e-3, 4: 2e-2}
+
+
+def tolerance(case: Case) -> float:
+    """The allowed error of a case, in units of its error scale."""
+    return max(TOLERANCE[case.dtype], TOLERANCE_OF_LEVEL.get(case.accuracy_level, 0.0))
+
+
+def error_scale(case: Case, tensors: Tensors) -> np.ndarray:
+    """The yardstick of each element of the result, float64; see the top of this file."""
+    if case.op_type == "QMoE":
+        return qmoe_error_scale(tensors, dict(case.attributes()))
+    attributes = case.attributes()
+    weights = reference.matmul_nbits_weights(
+        tensors["B"],
+        tensors["scales"],
+        tensors.get("zero_points"),
+        tensors.get("g_idx"),
+        k=int(attributes["K"]),
+        n=int(attributes["N"]),
+        block_size=int(attributes["block_size"]),
+        bits=int(attributes["bits"]),
+    )
+    walk = _walk(tensors["A"].astype(np.float64), weights, tensors.get("bias"))
+    return np.abs(case.expected(tensors)) + walk
+
+
+def _walk(errors: np.ndarray, weights: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """Length of the random walk of inputs [..., K] with these errors through weights [N, K]."""
+    squares = errors**2 @ (weights**2).T
+    return np.sqrt(squares if bias is None else squares + bias.astype(np.float64) ** 2)
+
+
+def qmoe_error_scale(tensors: Tensors, attributes: dict) -> np.ndarray:
+    attrs = {**reference.QMOE_DEFAULTS, **attributes}
+    bits = attrs["expert_weight_bits"]
+    formats_of = {
+        name: formats.for_attributes(
+            attrs["quant_type"], attrs.get(f"{name}_expert_weight_bits", bits)
+        )
+        for name in ("fc1", "fc2", "fc3")
+    }
+    parts = projections(tensors)
+    x = tensors["input"].reshape(-1, tensors["input"].shape[-1]).astype(np.float64)
+    experts = parts["fc1"].codes.shape[0]
+    inter = parts["fc2"].codes.shape[-1] * formats_of["fc2"].codes_per_byte
+    columns = {"fc1": x.shape[1], "fc2": inter, "fc3": x.shape[1]}
+    weights = {
+        name: reference.dequantize_projection(
+            part, formats_of[name], columns[name], attrs["block_size"]
+        )
+        for name, part in parts.items()
+    }
+    router_weights = tensors.get("router_weights")
+    expert_ids, factors = reference.route(
+        tensors["router_probs"].reshape(-1, experts),
+        attrs["k"],
+        normalize=bool(attrs["normalize_routing_weights"]),
+        router_weights=None if router_weights is None else router_weights.reshape(-1, experts),
+        use_sparse_mixer=bool(attrs["use_sparse_mixer"]),
+    )
+
+    def linear(name: str, inputs: np.ndarray, errors: np.ndarray, expert: int) -> tuple:
+        bias = None if parts[name].bias is None else parts[name].bias[expert]
+        matrix = weights[name][expert]
+        value = inputs @ matrix.T + (0.0 if bias is None else bias.astype(np.float64))
+        return value, _walk(errors, matrix, bias)
+
+    result, squares = np.zeros_like(x), np.zeros_like(x)
+    for expert in np.unique(expert_ids):
+        rows, slots = np.nonzero(expert_ids == expert)
+        fc1, fc1_error = linear("fc1", x[rows], np.abs(x[rows]), expert)
+        fc3, fc3_error = None, None
+        if "fc3" in parts:
+            fc3, fc3_error = linear("fc3", x[rows], np.abs(x[rows]), expert)
+        hidden, hidden_error = _through_activation(attrs, fc1, fc1_error, fc3, fc3_error)
+        y, y_error = linear("fc2", hidden, np.abs(hidden) + hidden_error, expert)
+        factor = factors[rows, slots, None]
+        result[rows] += factor * y
+        squares[rows] += factor**2 * (y_error**2 + y**2)
+    return (np.abs(result) + np.sqrt(squares)).reshape(tensors["input"].shape)
+
+
+def _through_activation(
+    attrs: dict,
+    fc1: np.ndarray,
+    fc1_error: np.ndarray,
+    fc3: np.ndarray | None,
+    fc3_error: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The activation, and errors times its slopes. None of our activations is steeper than 1.13."""
+    slope = 1.13
+    options = {
+        "swiglu_fusion": attrs["swiglu_fusion"],
+        "alpha": attrs["activation_alpha"],
+        "beta": attrs["activation_beta"],
+        "limit": attrs["swiglu_limit"],
+    }
+    activation = attrs["activation_type"]
+    value = reference.activate(fc1, activation, fc3=fc3, **options)
+    if activation not in reference.GATED_ACTIVATIONS and fc3 is None:
+        return value, slope * fc1_error
+    gate, up = reference.split_gate_up(fc1, fc3, attrs["swiglu_fusion"])
+    gate_error, up_error = reference.split_gate_up(fc1_error, fc3_error, attrs["swiglu_fusion"])
+    if activation == "swiglu":
+        gate = np.minimum(gate, attrs["swiglu_limit"])
+        up = np.clip(up, -attrs["swiglu_limit"], attrs["swiglu_limit"]) + attrs["activation_beta"]
+    return value, np.hypot(slope * gate_error * np.abs(up), np.abs(gate) * up_error)
+
+
+def check(case: Case, tensors: Tensors, result: np.ndarray) -> float:
+    """Asserts type, shape and values of a result; returns the largest error, 1 = all allowed."""
+    expected = case.expected(tensors)
+    assert result.dtype == case.output_dtype
+    assert result.shape == expected.shape
+    if result.size == 0:
+        return 0.0
+    allowed = tolerance(case) * error_scale(case, tensors) + FLOOR[case.dtype]
+    ratio = np.abs(result.astype(np.float64) - expected) / allowed
+    ratio = np.where(np.isnan(ratio), np.inf, ratio)
+    worst = np.unravel_index(np.argmax(ratio), ratio.shape)
+    assert ratio[worst] <= 1, (
+        f"{case}: the error is {ratio[worst]:.3g} times what is allowed at "
+        f"{[int(i) for i in worst]}: got {result[worst]}, expected {expected[worst]:.9g} "
+        f"+-{allowed[worst]:.3g}; {np.mean(ratio > 1):.1%} of {ratio.size} elements are wrong"
+    )
+    return float(ratio[worst])

@@ -1,0 +1,1 @@
+"""Real exporters on tiny real architectures: recipes, exports, and tests that run them."""

@@ -1,0 +1,86 @@
+"""Opens an exported model through `qmoe_plugin.session` and compares its logits with PyTorch's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+import qmoe_plugin
+from models.export import Export, Exports
+from models.runner import Decoder
+
+OPS = ("QMoE", "MatMulNBits")
+
+# Largest allowed difference of a logit; their standard deviation is 1.0 to 1.2.
+TOLERANCE = {"float32": 1e-5, "float16": 2e-2}
+# What the exports lose beside our ops, measured with the stock ones in float32:
+EXTRA_TOLERANCE = {
+    # Gated DeltaNet: ONNX Runtime's LinearAttention and PyTorch's chunks round differently, and the
+    # norm that follows amplifies it.
+    "qwen35_moe": {"float32": 5e-5},
+}
+# accuracy_level 4: int8 activations are allowed; stock differs by 0.06.
+LEVEL_4_TOLERANCE = 0.15
+
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    # The stock ops around ours must not round float32 to TF32.
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
+}
+
+
+def tolerance(export: Export) -> float:
+    if export.name == "int4_default":
+        return LEVEL_4_TOLERANCE
+    return EXTRA_TOLERANCE.get(export.recipe, {}).get(
+        export.activations, TOLERANCE[export.activations]
+    )
+
+
+def node_counts(path: Path) -> Counter[tuple[str, str]]:
+    """How many nodes of our two ops a model has, by (domain, op)."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return Counter((node.domain, node.op_type) for node in graph.node if node.op_type in OPS)
+
+
+def open_session(model: Path, device: str, scratch: Path) -> ort.InferenceSession:
+    """A session in which every QMoE and MatMulNBits node of the file runs in our domain.
+
+    Asserted on the graph that the session really runs, which ONNX Runtime writes to `scratch`.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 2
+    options.optimized_model_filepath = str(scratch / "optimized.onnx")
+    session = qmoe_plugin.session(model / "model.onnx", PROVIDERS[device], options)
+    exported = node_counts(model / "model.onnx")
+    assert exported["com.microsoft", "QMoE"] > 0
+    running = node_counts(scratch / "optimized.onnx")
+    wanted = {(qmoe_plugin.DOMAIN, op): count for (_, op), count in exported.items()}
+    assert running == wanted, f"runs {dict(running)}; the log says why nodes were left alone"
+    if device == "cuda":
+        assert session.get_providers()[0] == "CUDAExecutionProvider"
+    return session
+
+
+def check_logits(export: Export, exports: Exports, device: str, scratch: Path) -> None:
+    """Prompt and decode steps with the key-value cache, fed PyTorch's greedy tokens."""
+    expected = exports.expected(export)
+    decoder = Decoder(open_session(exports.model(export), device, scratch))
+    steps = [decoder.step(expected.prompt)]
+    steps += [decoder.step([token]) for token in expected.tokens[:-1]]
+    logits = np.concatenate(steps)
+    assert logits.shape == expected.logits.shape
+    error = np.abs(logits - expected.logits).max(-1)
+    error[np.isnan(error)] = np.inf
+    worst = int(error.argmax())
+    phase = "prompt" if worst < len(expected.prompt) else "decoding"
+    assert error[worst] <= tolerance(export), (
+        f"{export.id} on {device}: a logit of position {worst} ({phase}) is {error[worst]:.2e} "
+        f"from PyTorch's; allowed are {tolerance(export):.0e}; "
+        f"{np.mean(error > tolerance(export)):.0%} of {len(error)} positions are wrong"
+    )

@@ -1,0 +1,218 @@
+"""Which models are exported, and the cache they lie in. Light: exporting itself is `exporters.py`.
+
+The cache is `QMOE_PLUGIN_MODELS`, or `.models` in the repository. It has one folder per state of
+the recipes; in it, per architecture, `expected.npz` (prompt, greedy tokens and logits of PyTorch in
+float32) and a folder for each export. A machine that cannot export (no PyTorch, no network) can use
+a cache that was filled elsewhere.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FOLDER = Path(__file__).resolve().parent
+SKIP = "QMOE_PLUGIN_SKIP_MODELS"
+CACHE = "QMOE_PLUGIN_MODELS"
+# What the exports' bytes depend on.
+_SOURCES = ("grid.py", "architectures.py", "checkpoints.py", "export.py", "exporters.py")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "onnxruntime-genai",
+    "mobius-onnx",
+    "onnxruntime",
+    "onnxscript",
+)
+
+PROMPT_LENGTH = 24
+# Prompt and new tokens together exceed the sliding windows (32).
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Export:
+    """One exported model."""
+
+    recipe: str
+    name: str
+    exporter: Literal["genai", "mobius"]
+    # genai: precision, execution provider, extra options; mobius: keyword arguments.
+    arguments: tuple[str, ...]
+    activations: Literal["float32", "float16"] = "float32"
+
+    @property
+    def id(self) -> str:
+        return f"{self.recipe}-{self.name}"
+
+
+# The builder's default on the CPU is 4, which allows int8 activations; 1 asks for float32.
+_INT4 = ("int4", "cpu", "accuracy_level=1")
+_INT8 = ("int8", "cpu", "accuracy_level=1", "moe_quant_type=int8")
+# The builder writes float16 graphs for CUDA only; raw weights, and separate Q/K norms for the CPU's
+# attention, make them run anywhere.
+_RAW_CUDA = ("cuda", "qmoe_weights_prepacked=0", "fuse_qk_norm_gqa=false")
+_INT4_FP16 = ("int4", *_RAW_CUDA)
+_INT8_FP16 = ("int8", *_RAW_CUDA, "moe_quant_type=int8")
+
+
+def _genai(recipe: str) -> list[Export]:
+    return [
+        Export(recipe, "int4", "genai", _INT4),
+        Export(recipe, "int8", "genai", _INT8),
+        Export(recipe, "int4_fp16", "genai", _INT4_FP16, "float16"),
+        Export(recipe, "int8_fp16", "genai", _INT8_FP16, "float16"),
+    ]
+
+
+def _mobius(recipe: str) -> list[Export]:
+    return [
+        Export(recipe, "int4", "mobius", ("dtype=f32", "execution_provider=cuda")),
+        Export(recipe, "int4_fp16", "mobius", ("dtype=f16", "execution_provider=cuda"), "float16"),
+    ]
+
+
+EXPORTS = [
+    *_genai("gpt_oss"),
+    *_genai("qwen35_moe"),
+    *_genai("lfm2_moe"),
+    *_genai("gemma4"),
+    # Qwen3.5's weights have one scale a row: these grids lose nothing either.
+    Export("qwen35_moe", "int4_channel", "genai", (*_INT4, "qmoe_block_size=0")),
+    Export("qwen35_moe", "int8_channel", "genai", (*_INT8, "qmoe_block_size=0")),
+    Export("qwen35_moe", "int4_b128", "genai", (*_INT4, "qmoe_block_size=64", "block_size=128")),
+    Export("gpt_oss", "int4_default", "genai", ("int4", "cpu")),
+    Export("gpt_oss", "int4_zero_points", "genai", (*_INT4, "is_symmetric=false")),
+    *_mobius("qwen3_moe"),
+    *_mobius("glm4_moe"),
+    *_mobius("deepseek_v3"),
+]
+
+# The builder's default for CUDA, which only the stock CUDA kernels can read, and its broken MXFP4.
+FOREIGN_EXPORTS = [
+    Export(
+        "qwen35_moe",
+        "prepacked",
+        "genai",
+        ("int4", "cuda", "matmulnbits_weights_prepacked=1"),
+        "float16",
+    ),
+    Export("qwen35_moe", "mxfp4", "genai", ("int4", "cuda", "moe_quant_type=mxfp4"), "float16"),
+]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """PyTorch's answer in float32."""
+
+    prompt: list[int]
+    tokens: list[int]
+    # Of every position but the last token's: [len(prompt) + len(tokens) - 1, vocabulary].
+    logits: NDArray[np.float32]
+
+
+class UnavailableError(Exception):
+    """The models are neither in the cache nor can they be exported here; the text says why."""
+
+
+class Exports:
+    """A filled cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def model(self, export: Export) -> Path:
+        """The folder with model.onnx, and for genai genai_config.json."""
+        return self.folder / export.recipe / export.name
+
+    def expected(self, export: Export) -> Expected:
+        with np.load(self.folder / export.recipe / "expected.npz") as data:
+            return Expected(data["prompt"].tolist(), data["tokens"].tolist(), data["logits"])
+
+
+def by_id(identifier: str) -> Export:
+    return next(export for export in EXPORTS if export.id == identifier)
+
+
+def ensure() -> Exports:
+    """Exports all models, or finds them in the cache. One process at a time; the others wait.
+
+    Raises:
+        UnavailableError: If the models cannot be had here.
+    """
+    if os.environ.get(SKIP, "0") not in ("", "0"):
+        raise UnavailableError(f"{SKIP} is set")
+    root = Path(os.environ.get(CACHE) or FOLDER.parents[1] / ".models")
+    folder = root / _recipes_key()
+    installed = _installed()
+    if _is_complete(folder, installed):
+        return Exports(folder)
+    missing = [package for package, version in installed.items() if version is None]
+    if missing:
+        raise UnavailableError(
+            f"exporting models needs {', '.join(missing)} (pip install '.[models]'), "
+            f"and there is no cache of the present recipes in {root}"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_complete(folder, installed):
+            _run_exporters(folder)
+            (folder / "versions.json").write_text(json.dumps(installed, indent=2))
+    return Exports(folder)
+
+
+def _recipes_key() -> str:
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update((FOLDER / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _installed() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _is_complete(folder: Path, installed: dict[str, str | None]) -> bool:
+    """Whether the cache was made by the installed versions (or any, if they are not installed)."""
+    try:
+        made_by = json.loads((folder / "versions.json").read_text())
+    except FileNotFoundError:
+        return False
+    return None in installed.values() or made_by == installed
+
+
+def _run_exporters(folder: Path) -> None:
+    """In a process of its own: the exporters bring PyTorch and much logging with them."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    log_path = folder / "export.log"
+    with log_path.open("w") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "models.exporters", str(folder)],
+            env=environment, stdout=log, stderr=subprocess.STDOUT, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-30:])
+        raise RuntimeError(f"exporting failed; the log is {log_path}, its end:\n{tail}")

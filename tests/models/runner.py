@@ -1,0 +1,97 @@
+"""Runs decoder models exported by onnxruntime-genai's builder or mobius through a plain session.
+
+Only numpy: what the states are called and how large they are is read from the session's inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_TYPES = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+}
+
+
+# What the recipes in checkpoints.py say, and the exported inputs leave symbolic.
+HEAD_SIZE = 32
+SLIDING_WINDOW = 32
+
+
+class Decoder:
+    """A decoder with its key-value cache and recurrent states; one sequence."""
+
+    def __init__(self, session: Any) -> None:
+        """Prepares empty states for an onnxruntime.InferenceSession.
+
+        Sliding-window layers of the genai builder have buffers of fixed size, the window's.
+        """
+        self._session = session
+        self._sizes = {
+            "batch": 1,
+            "batch_size": 1,
+            "kv_cache_dim": HEAD_SIZE,
+            "past_sliding_length": SLIDING_WINDOW,
+        }
+        self._inputs = {value.name: value for value in session.get_inputs()}
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._states = {
+            name: np.zeros(self._state_shape(value.shape), _TYPES[value.type])
+            for name, value in self._inputs.items()
+            if name.startswith("past")
+        }
+        self.length = 0
+
+    def _state_shape(self, shape: list[int | str]) -> list[int]:
+        """Empty sequence axes; buffers and recurrent states at their full size."""
+        return [size if isinstance(size, int) else self._sizes.get(size, 0) for size in shape]
+
+    def step(self, tokens: list[int]) -> NDArray[np.float32]:
+        """Appends tokens and returns their logits `[len(tokens), vocabulary]`."""
+        total = self.length + len(tokens)
+        positions = np.arange(self.length, total, dtype=np.int64)[None]
+        feeds: dict[str, Any] = dict(self._states)
+        for name, value in self._inputs.items():
+            if name == "input_ids":
+                feeds[name] = np.array([tokens], _TYPES[value.type])
+            elif name == "attention_mask":
+                feeds[name] = np.ones((1, total), _TYPES[value.type])
+            elif name == "position_ids":
+                three = len(value.shape) == 3  # multimodal rotary positions: [3, batch, sequence]
+                feeds[name] = np.tile(positions, (3, 1, 1)) if three else positions
+            elif name not in feeds:
+                raise ValueError(f"the model has an input {name!r} that this runner does not know")
+        results = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+        logits: NDArray[np.float32] = results.pop("logits")[0].astype(np.float32)
+        self._states = {_past_name(name, self._states): value for name, value in results.items()}
+        self.length = total
+        return logits
+
+    def generate(self, prompt: list[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
+        """Greedy decoding.
+
+        Returns:
+            The new tokens, and the logits of all positions but the last token's:
+            `[len(prompt) + count - 1, vocabulary]`.
+        """
+        logits = [self.step(prompt)]
+        tokens = [int(logits[-1][-1].argmax())]
+        while len(tokens) < count:
+            logits.append(self.step(tokens[-1:]))
+            tokens.append(int(logits[-1][-1].argmax()))
+        return tokens, np.concatenate(logits)
+
+
+def _past_name(present: str, states: dict[str, Any]) -> str:
+    """The state input that an output feeds: present.3.key -> past_key_values.3.key."""
+    suffix = re.sub(r"^present(_key_values)?", "", present)
+    for prefix in ("past_key_values", "past"):
+        if prefix + suffix in states:
+            return prefix + suffix
+    raise ValueError(f"output {present!r} feeds none of the states {sorted(states)}")

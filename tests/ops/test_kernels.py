@@ -1,0 +1,108 @@
+"""Every kernel of the registry, and a quick subset of everything (`pytest -m quick`).
+
+Both enumerate the registries: a new format or kernel is tested without a change here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import devices
+from helpers.cases import Case, feeds_of
+from helpers.kernel_check import cases_that_reach
+from helpers.quick import quick_cases
+from helpers.run import bits_of, open_session, run, run_case
+from helpers.tolerance import check
+
+import qmoe_plugin
+from qmoe_plugin import formats
+from qmoe_plugin.kernels import Kernel
+
+TESTS = Path(__file__).parents[1]
+
+QUICK_CASES = [case for name in formats.FORMATS for case in quick_cases(name)]
+
+
+def every_kernel() -> list[Kernel | None]:
+    """The registry; [None] where there is no library, so that the test can say so."""
+    return [None] if devices.library_problem() else list(qmoe_plugin.kernels())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("case", QUICK_CASES, ids=lambda case: f"{case.op_type}-{case}")
+def test_quick(case: Case, device: str) -> None:
+    tensors, result = run_case(case, device)
+    check(case, tensors, result)
+
+
+def test_the_library_and_python_know_the_same_formats(library: str) -> None:
+    compiled = {row["name"]: row for row in qmoe_plugin.library.native().formats()}
+    assert compiled.keys() == formats.FORMATS.keys()
+    for name, fmt in formats.FORMATS.items():
+        row = compiled[name]
+        assert (row["bits"], row["zero_points"]) == (fmt.bits, fmt.zero_points)
+        assert row["default_zero_point"] == fmt.default_zero_point
+        assert row["values"] == fmt.values.tolist()
+
+
+def test_every_format_has_a_kernel_on_the_cpu(library: str) -> None:
+    available = {k.format for k in qmoe_plugin.kernels() if k.device == "CPU" and k.available}
+    assert available == formats.FORMATS.keys()
+
+
+@pytest.mark.parametrize("kernel", every_kernel(), ids=lambda k: k.name if k else "no-library")
+def test_every_kernel(kernel: Kernel | None, library: str, request: pytest.FixtureRequest) -> None:
+    """Some quick cases run it, and are right. CPU kernels run in a process of their own."""
+    assert kernel is not None
+    if kernel.device == "CUDA":
+        request.getfixturevalue("cuda")
+        sm = qmoe_plugin.library.native().cuda_devices()[0]
+        if not kernel.min_sm <= sm <= kernel.max_sm:
+            pytest.skip(f"runs on sm_{kernel.min_sm} to sm_{kernel.max_sm}; the device is sm_{sm}")
+        cases = cases_that_reach(kernel)
+        assert cases, "no quick case runs this kernel: add one to helpers/quick.py"
+        for case in cases:
+            tensors, result = run_case(case, "cuda")
+            check(case, tensors, result)
+        return
+    if not kernel.available:
+        pytest.skip("this processor cannot run it")
+    run_in_child(kernel.name, isa_of(kernel))
+
+
+def isa_of(kernel: Kernel) -> str:
+    """The instruction set in the kernel's name: gemm_avx2.int4."""
+    found = re.fullmatch(r"\w+?_(\w+)\.\w+", kernel.name)
+    assert found, f"{kernel.name} does not end in an instruction set"
+    return found[1]
+
+
+def run_in_child(kernel: str, isa: str) -> None:
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    child = subprocess.run(
+        [sys.executable, "-m", "helpers.kernel_check", kernel],
+        env={**os.environ, "PYTHONPATH": path, "QMOE_PLUGIN_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert child.returncode == 0, f"{child.stdout}\n{child.stderr}"
+
+
+@pytest.mark.parametrize("format_name", list(formats.FORMATS))
+def test_a_token_does_not_depend_on_its_neighbours(format_name: str) -> None:
+    """On the CPU, the result of a token is the same bits whatever else is in the batch."""
+    for case in quick_cases(format_name):
+        if case.op_type != "QMoE" or case.tokens < 5 or case.rank != 2:
+            continue
+        tensors, together = run_case(case, "cpu")
+        session = open_session(case.model(tensors))
+        for token in (0, case.tokens - 1):
+            alone = run(session, {k: v[token : token + 1] for k, v in feeds_of(tensors).items()})
+            assert bits_of(alone[0]) == bits_of(together[token])

@@ -1,0 +1,155 @@
+"""Property tests: any node that the schema allows is within tolerance of the oracle.
+
+On failure hypothesis shrinks the case to the simplest one that still fails, and prints it.
+QMOE_PLUGIN_TEST_EXAMPLES sets how many cases each test draws (a long hunt: some thousand).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+from helpers.cases import ACTIVATIONS, GATED, MatMulNBitsCase, QMoECase, feeds_of
+from helpers.dtypes import FLOAT_DTYPES
+from helpers.models import one_node_model
+from helpers.run import bits_of, open_session, run, run_case
+from helpers.tolerance import check
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qmoe_plugin import formats
+
+pytestmark = pytest.mark.usefixtures("library")
+
+EXAMPLES = int(os.environ.get("QMOE_PLUGIN_TEST_EXAMPLES", "120"))
+# No deadline, and no complaint about slow data: machines are shared.
+relaxed = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+dtypes = st.sampled_from(FLOAT_DTYPES)
+optional_dtypes = st.none() | dtypes
+seeds = st.integers(0, 2**16)
+
+
+@st.composite
+def matmul_cases(draw: st.DrawFn) -> MatMulNBitsCase:
+    """Any MatMulNBits node up to some hundred in each dimension."""
+    names = [f.name for f in formats.FORMATS.values() if f.matmul_nbits_attributes is not None]
+    fmt = formats.get(draw(st.sampled_from(names)))
+    kinds = ["none", "packed", "bytes", "typed"] if fmt.zero_points else ["none"]
+    rank = draw(st.sampled_from([1, 2, 3]))
+    return MatMulNBitsCase(
+        format=fmt.name,
+        block_size=draw(st.sampled_from([16, 32, 64, 128, 256])),
+        dtype=draw(dtypes),
+        scale_dtype=draw(optional_dtypes),
+        zero_points=draw(st.sampled_from(kinds)),
+        signs=draw(st.booleans()),
+        m=1 if rank == 1 else draw(st.integers(0, 20) | st.integers(21, 140)),
+        n=draw(st.integers(1, 150)),
+        k=draw(st.integers(1, 400)),
+        g_idx=draw(st.sampled_from(["none", "none", "shuffled", "uneven"])),
+        bias=draw(st.booleans()),
+        rank=rank,
+        flat=draw(st.booleans()),
+        accuracy_level=draw(st.sampled_from([0, 0, 0, 4])),
+        seed=draw(seeds),
+    )
+
+
+@st.composite
+def qmoe_cases(draw: st.DrawFn) -> QMoECase:
+    """Any QMoE node up to some hundred in each dimension."""
+    fmt = formats.get(draw(st.sampled_from(list(formats.FORMATS))))
+    block_size = draw(st.sampled_from([0, 16, 32, 64, 128]))
+    unit, most = block_size or 8, 3 if block_size > 64 else 5
+    experts = draw(st.integers(1, 12) | st.integers(13, 70))
+    k = draw(st.integers(1, min(experts, 12)))
+    activation = draw(st.sampled_from(ACTIVATIONS))
+    gated = activation in GATED
+    fusion = draw(st.sampled_from([0, 1, 2])) if gated else 0
+    fc3 = fusion == 0 and (gated or activation == "silu") and draw(st.booleans())
+    swiglu = activation == "swiglu"
+    router_weights = draw(st.booleans())
+    return QMoECase(
+        format=fmt.name,
+        block_size=block_size,
+        dtype=draw(dtypes),
+        scale_dtype=draw(optional_dtypes),
+        zero_points=fmt.zero_points and draw(st.booleans()),
+        signs=draw(st.booleans()),
+        hidden=unit * draw(st.integers(1, most)),
+        inter=unit * draw(st.integers(1, most)),
+        experts=experts,
+        k=k,
+        tokens=draw(st.integers(0, 12) | st.integers(13, 90)),
+        activation=activation,
+        fusion=fusion,
+        fc3=fc3,
+        alpha=draw(st.none() | st.floats(-2, 4, width=32)) if swiglu else None,
+        beta=draw(st.none() | st.floats(-2, 2, width=32)) if swiglu else None,
+        limit=draw(st.none() | st.floats(0.125, 10, width=32)) if swiglu else None,
+        bias=draw(st.booleans()),
+        normalize=draw(st.booleans()),
+        router=draw(st.sampled_from(["random", "ties", "equal", "one_expert", "masked", "far"])),
+        router_dtype=draw(optional_dtypes),
+        router_weights=router_weights,
+        rank=draw(st.sampled_from([2, 3])),
+        router_rank=draw(st.sampled_from([2, 3])),
+        trailing_group_axis=block_size == 0 and draw(st.booleans()),
+        accuracy_level=draw(st.sampled_from([0, 0, 0, 4])),
+        seed=draw(seeds),
+    )
+
+
+@relaxed
+@given(case=matmul_cases())
+def test_any_matmul_nbits(device: str, case: MatMulNBitsCase) -> None:
+    tensors, result = run_case(case, device)
+    check(case, tensors, result)
+
+
+@relaxed
+@given(case=qmoe_cases())
+def test_any_qmoe(device: str, case: QMoECase) -> None:
+    tensors, result = run_case(case, device)
+    check(case, tensors, result)
+
+
+fewer = settings(relaxed, max_examples=max(1, EXAMPLES // 4))
+
+
+@fewer
+@given(case=qmoe_cases(), threads=st.sampled_from([2, 3]))
+def test_same_bits_with_any_number_of_threads(device: str, case: QMoECase, threads: int) -> None:
+    _, one = run_case(case, device, threads=1)
+    _, several = run_case(case, device, threads=threads)
+    assert bits_of(one) == bits_of(several)
+
+
+@fewer
+@given(case=qmoe_cases())
+def test_three_ways_to_store_gates_and_ups(device: str, case: QMoECase) -> None:
+    """Interleaved, in halves, or apart in fc1 and fc3: the same weights give the same bits."""
+    case = dataclasses.replace(
+        case,
+        activation="swiglu" if case.activation in ("swiglu", "identity", "relu") else "geglu",
+        fusion=1,
+        fc3=False,
+        limit=None,
+        zero_points=case.zero_points and case.block_size > 0,  # else they are packed across rows
+    )
+    interleaved = case.tensors()
+    halves, apart = dict(interleaved), dict(interleaved)
+    for name in [n for n in interleaved if n.startswith("fc1_")]:
+        gates, ups = interleaved[name][:, 0::2], interleaved[name][:, 1::2]
+        halves[name] = np.concatenate([gates, ups], axis=1)
+        apart[name], apart[name.replace("fc1", "fc3")] = gates, ups
+    results = set()
+    for tensors, fusion in ((interleaved, 1), (interleaved, 0), (halves, 2), (apart, 0)):
+        model = one_node_model("QMoE", tensors, {**case.attributes(), "swiglu_fusion": fusion})
+        results.add(bits_of(run(open_session(model, device), feeds_of(tensors))))
+    assert len(results) == 1

@@ -1,0 +1,152 @@
+"""`retarget` (Python) and the ops (C++) must agree on which nodes can run.
+
+A node that is moved and then refused by our op would break a model that worked; one that is left
+although our op takes it would cost speed. So random nodes, most with something wrong, are put to
+both.
+"""
+
+import numpy as np
+import onnxruntime
+import pytest
+from helpers.cases import MatMulNBitsCase, QMoECase
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper
+
+import qmoe_plugin
+
+pytestmark = pytest.mark.usefixtures("library")
+
+FLAGS = st.sampled_from([0, 1, 2])
+QMOE_ATTRIBUTES = {
+    "accuracy_level": st.sampled_from([-1, 0, 1, 4, 5]),
+    "activation_alpha": st.sampled_from([1.702, float("inf"), float("nan")]),
+    "activation_type": st.sampled_from(["relu", "gelu", "silu", "swiglu", "geglu", "tanh"]),
+    "block_size": st.sampled_from([-1, 0, 16, 24, 32, 64]),
+    "expert_weight_bits": st.sampled_from([2, 3, 4, 8]),
+    "fc1_expert_weight_bits": st.sampled_from([4, 8]),
+    "fc3_expert_weight_bits": st.sampled_from([4, 8]),
+    "k": st.sampled_from([-1, 0, 1, 2, 4, 5]),
+    "normalize_routing_weights": FLAGS,
+    "quant_type": st.sampled_from(["int", "fp4", "nvfp4", "other"]),
+    "swiglu_fusion": st.sampled_from([-1, 0, 1, 2, 3]),
+    "swiglu_limit": st.sampled_from([7.0, 0.0, -1.0, float("inf")]),
+    "use_sparse_mixer": FLAGS,
+    "weights_prepacked": st.sampled_from([0, 1, 2]),
+}
+MATMUL_ATTRIBUTES = {
+    "K": st.sampled_from([0, 95, 96, 128]),
+    "N": st.sampled_from([-1, 47, 48]),
+    "accuracy_level": st.sampled_from([-1, 0, 4, 5]),
+    "bits": st.sampled_from([2, 4, 8]),
+    "block_size": st.sampled_from([0, 8, 16, 24, 32, 64]),
+    "weight_prepacked": FLAGS,
+}
+QMOE_CASES = st.builds(
+    QMoECase,
+    format=st.sampled_from(["int4", "int8"]),
+    block_size=st.sampled_from([0, 16, 32]),
+    zero_points=st.booleans(),
+    hidden=st.sampled_from([32, 64, 96]),
+    inter=st.sampled_from([32, 64, 96]),
+    activation=st.sampled_from(["relu", "silu", "swiglu", "geglu"]),
+    fusion=FLAGS,
+    fc3=st.booleans(),
+    bias=st.booleans(),
+    trailing_group_axis=st.booleans(),
+)
+MATMUL_CASES = st.builds(
+    MatMulNBitsCase,
+    format=st.sampled_from(["int4", "int8"]),
+    zero_points=st.sampled_from(["none", "packed", "bytes", "typed"]),
+    g_idx=st.sampled_from(["none", "shuffled"]),
+    bias=st.booleans(),
+    flat=st.booleans(),
+)
+
+
+def subsets(attributes):
+    """A few of the attributes, each with one of its values."""
+    return st.lists(st.sampled_from(sorted(attributes)), max_size=1, unique=True).flatmap(
+        lambda names: st.fixed_dictionaries({name: attributes[name] for name in names})
+    )
+
+
+@st.composite
+def reshaped(draw, tensors):
+    """The tensors; perhaps one of the weights has another shape or type."""
+    weights = [name for name in tensors if name not in ("input", "router_probs", "A")]
+    if draw(st.booleans()):
+        return tensors
+    name = draw(st.sampled_from(weights))
+    tensor = tensors[name]
+    change = draw(st.sampled_from(["transpose", "shorten", "flatten", "wider", "retype", "drop"]))
+    if change == "drop":
+        return {key: value for key, value in tensors.items() if key != name}
+    if change == "transpose":
+        changed = np.ascontiguousarray(np.swapaxes(tensor, -1, -2)) if tensor.ndim > 1 else tensor
+    elif change == "shorten":
+        changed = tensor[..., :-1]
+    elif change == "flatten":
+        changed = tensor.reshape(-1)
+    elif change == "wider":
+        changed = tensor[None]
+    else:
+        changed = tensor.astype(np.int64 if tensor.dtype == np.uint8 else np.uint8)
+    return {**tensors, name: changed}
+
+
+def with_attributes(model, attributes):
+    (node,) = model.graph.node
+    kept = [attribute for attribute in node.attribute if attribute.name not in attributes]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    node.attribute.extend(helper.make_attribute(*item) for item in attributes.items())
+    return model
+
+
+def op_takes(model):
+    """Whether our op opens the node as it is."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    qmoe_plugin.register(options)
+    try:
+        onnxruntime.InferenceSession(
+            model.SerializeToString(), options, ["CPUExecutionProvider"], enable_fallback=0
+        )
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def compare(model):
+    (node,) = model.graph.node
+    node.domain = "qmoe_plugin"
+    model.opset_import.append(helper.make_opsetid("qmoe_plugin", 1))
+    complaint = op_takes(model)
+    node.domain = "com.microsoft"
+    report = qmoe_plugin.retarget(model, sm=0)
+    if report.moved:
+        assert not complaint
+    else:
+        assert complaint, report.kept[0].reason
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_qmoe(data):
+    case = data.draw(QMOE_CASES)
+    tensors = data.draw(reshaped(case.tensors()))
+    compare(
+        with_attributes(case.model(tensors, "com.microsoft"), data.draw(subsets(QMOE_ATTRIBUTES)))
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_matmul_nbits(data):
+    case = data.draw(MATMUL_CASES)
+    tensors = data.draw(reshaped(case.tensors()))
+    compare(
+        with_attributes(case.model(tensors, "com.microsoft"), data.draw(subsets(MATMUL_ATTRIBUTES)))
+    )
