@@ -65,7 +65,8 @@ def run_exported_model(target: devices.Target, providers: list[str]) -> None:
     exports = export.ensure()
     item = export.by_id("gpt_oss-int4_fp16" if target.device == "CUDA" else "gpt_oss-int4")
     folder = exports.model(item)
-    show("exported", f"{folder} ({time.monotonic() - start:.0f} s)")
+    where = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    show("exported", f"{where} ({time.monotonic() - start:.0f} s)")
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     ops = [node.op_type for node in model.graph.node if node.domain == "com.microsoft"]
     show("com.microsoft", ", ".join(f"{ops.count(op)} {op}" for op in sorted(set(ops))))

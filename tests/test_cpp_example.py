@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from helpers.cases import Case, MatMulNBitsCase, QMoECase, feeds_of
+from helpers.ort_c_api import library_path
 from helpers.tolerance import check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,10 +43,10 @@ def program() -> Path:
 @pytest.fixture(scope="module")
 def onnxruntime_library() -> Path:
     """The C library inside the onnxruntime wheel."""
-    found = sorted((Path(ort.__file__).parent / "capi").glob("libonnxruntime.so*"))
-    if not found:
+    path = library_path()
+    if path is None:
         pytest.skip("this onnxruntime package has no libonnxruntime.so")
-    return found[0]
+    return path
 
 
 def numbers(shape: tuple[int, ...]) -> np.ndarray:

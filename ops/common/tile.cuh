@@ -10,7 +10,7 @@
 namespace qmoe_plugin {
 
 /// Row tile `index` of the launch; false if there are not so many.
-__device__ inline bool GetRowTile(const GemmArgs& args, int64_t index, RowTile* tile) {
+__device__ inline bool GetRowTile(const CudaGemmArgs& args, int64_t index, RowTile* tile) {
   if (args.tiles != nullptr) {
     if (index >= *args.tile_count) return false;
     *tile = args.tiles[index];
@@ -23,22 +23,19 @@ __device__ inline bool GetRowTile(const GemmArgs& args, int64_t index, RowTile* 
 
 /// Row of x that sorted row `row` reads.
 template <class T>
-__device__ const T* XRow(const GemmArgs& args, int row) {
+__device__ const T* XRow(const CudaGemmArgs& args, int row) {
   const int64_t index = args.x_rows != nullptr ? args.x_rows[row] : row;
   return static_cast<const T*>(args.x) + index * args.x_stride;
 }
 
 /// Codes of weight row tile `row_tile`, k tile 0.
-__device__ inline const uint8_t* TileCodes(const GemmArgs& args, int expert, int row_tile) {
+__device__ inline const uint8_t* TileCodes(const CudaGemmArgs& args, int expert, int row_tile) {
   return args.codes + (int64_t(expert) * args.row_tiles + row_tile) * args.tile_bytes;
 }
 
-/// Scales (or zero offsets) of a row tile, [groups, 16].
-template <class S>
-__device__ const S* TileScales(const void* section, const GemmArgs& args, int groups, int expert,
-                               int row_tile) {
-  return static_cast<const S*>(section) +
-         (int64_t(expert) * args.row_tiles + row_tile) * groups * kTileRows;
+/// First scale (and zero offset) of a weight row tile, [groups, 16], counted in elements.
+__device__ inline int64_t TileScales(const CudaGemmArgs& args, int expert, int row_tile) {
+  return (int64_t(expert) * args.row_tiles + row_tile) * args.groups * kTileRows;
 }
 
 /// The codes of one lane in one tile, as words.
@@ -113,7 +110,7 @@ __device__ inline float Activate(const ActivationParams& p, float v, float u) {
 /// in tile row order for each of kRowTiles weight row tiles from `first_row_tile` on. All kThreads
 /// threads of the block take part; one thread keeps to one column.
 template <class T, int kThreads, int kRowTiles>
-__device__ void StoreRowTile(const GemmArgs& args, const RowTile& tile, int first_row_tile,
+__device__ void StoreRowTile(const CudaGemmArgs& args, const RowTile& tile, int first_row_tile,
                              const float* sums, int stride) {
   const int per_tile = args.gated ? kTileRows / 2 : kTileRows;  // columns of y
   const int columns = per_tile * kRowTiles;

@@ -23,6 +23,10 @@ struct Vec {
   QMOE_SIMD static I LoadI(const void* p) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
   }
+  template <int kBits>
+  QMOE_SIMD static I ShiftRight(I x) {
+    return _mm256_srli_epi32(x, kBits);
+  }
   QMOE_SIMD static F Add(F a, F b) { return _mm256_add_ps(a, b); }
   QMOE_SIMD static F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
   QMOE_SIMD static F Mul(F a, F b) { return _mm256_mul_ps(a, b); }
@@ -133,8 +137,10 @@ struct SignedDecoder {
   }
 };
 
-/// Rows of the largest tile: its 2 x 6 block sums fill most of the 16 registers; the totals spill.
-inline constexpr int kMaxRows = 6;
+/// Four rows: 2 x 4 running sums hide the latency of the FMAs, and with more of them (and the two
+/// codes, weights and zero offsets) the 16 registers spill in the inner loop.
+inline constexpr int kTileRows[] = {1, 2, 3, 4};
+inline constexpr int kMaxRows = 4;
 
 constexpr int VectorsInFlight(int rows) { return rows == 1 ? 4 : 2; }
 

@@ -1,8 +1,10 @@
 // GEMM and element-wise functions on AVX-512 (F, BW, VL, DQ): 16 lanes, one vector a panel.
 
 // GCC 12's own intrinsics pass deliberately undefined vectors on; it warns about that in our code.
+#if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 #include <immintrin.h>
 
@@ -26,6 +28,10 @@ struct Vec {
   QMOE_SIMD static F Load(const float* p) { return _mm512_loadu_ps(p); }
   QMOE_SIMD static void Store(float* p, F x) { _mm512_storeu_ps(p, x); }
   QMOE_SIMD static I LoadI(const void* p) { return _mm512_loadu_si512(p); }
+  template <int kBits>
+  QMOE_SIMD static I ShiftRight(I x) {
+    return _mm512_srli_epi32(x, kBits);
+  }
   QMOE_SIMD static F Add(F a, F b) { return _mm512_add_ps(a, b); }
   QMOE_SIMD static F Sub(F a, F b) { return _mm512_sub_ps(a, b); }
   QMOE_SIMD static F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -116,7 +122,8 @@ struct SignedDecoder {
   }
 };
 
-/// Rows of the largest tile: 12 block sums and 12 totals, and 8 registers to decode with.
+/// The largest tile has 12 running sums and 12 totals, which leaves 8 registers to decode with.
+inline constexpr int kTileRows[] = {1, 2, 3, 4, 6, 8, 10, 12};
 inline constexpr int kMaxRows = 12;
 
 constexpr int VectorsInFlight(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 1; }

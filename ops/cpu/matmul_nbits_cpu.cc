@@ -7,13 +7,14 @@
 namespace qmoe_plugin {
 namespace {
 
-using cpu::Arena;
 using cpu::kTaskColumns;
 using cpu::kTaskRows;
 using cpu::PartStart;
 
-/// Rows that are converted to float32 at a time; bounds the workspace of a long prompt.
+/// Rows that are brought to float32 at a time, which bounds the workspace of a long prompt, and
+/// those of a task of it.
 constexpr int64_t kChunkRows = 480;
+constexpr int64_t kLoadRows = 8;
 
 class CpuMatMulNBits : public MatMulNBits {
  public:
@@ -30,45 +31,29 @@ class CpuMatMulNBits : public MatMulNBits {
                          .accuracy_level = config.accuracy_level}) {}
 
   size_t WorkspaceBytes(int64_t m) const override {
-    Arena arena(nullptr);
-    TakeRows(arena, m);
-    return arena.used();
+    return size_t(std::min(m, kChunkRows) * matrix_.ldx()) * sizeof(float);
   }
 
-  PackedHeader Packed() const override { return matrix_.header(); }
-
   void Run(const MatMulTensors& tensors, const ExecutionContext& context) const override {
-    if (ReadsInPlace()) {
-      const float* a = static_cast<const float*>(tensors.a);
-      return Multiply({a, config_.k, nullptr, tensors.m}, tensors.y, context);
-    }
-    Arena arena(context.workspace);
-    float* const x = TakeRows(arena, tensors.m);
+    const int64_t a_row = config_.k * ElementSize(), y_row = config_.n * ElementSize();
     for (int64_t first = 0; first < tensors.m; first += kChunkRows) {
       const int64_t rows = std::min(kChunkRows, tensors.m - first);
-      const uint8_t* a = static_cast<const uint8_t*>(tensors.a) + first * config_.k * ElementSize();
-      cpu::RunTasks(context, rows, [&](size_t r) {
-        LoadRow(a + int64_t(r) * config_.k * ElementSize(), x + int64_t(r) * matrix_.k_padded());
+      const uint8_t* a = static_cast<const uint8_t*>(tensors.a) + first * a_row;
+      float* const x = static_cast<float*>(context.workspace);
+      const int64_t loads = (rows + kLoadRows - 1) / kLoadRows;
+      cpu::RunTasks(context, loads, [&](size_t i) {
+        const int64_t last = std::min(rows, int64_t(i + 1) * kLoadRows);
+        for (int64_t r = int64_t(i) * kLoadRows; r < last; ++r)
+          LoadRow(a + r * a_row, x + r * matrix_.ldx());
       });
-      Multiply({x, matrix_.k_padded(), nullptr, rows},
-               static_cast<uint8_t*>(tensors.y) + first * config_.n * ElementSize(), context);
+      Multiply(x, rows, static_cast<uint8_t*>(tensors.y) + first * y_row, context);
     }
   }
 
  private:
   int64_t ElementSize() const { return int64_t(SizeOf(config_.dtype)); }
 
-  /// Whether the kernel can read the rows of A as they are.
-  bool ReadsInPlace() const {
-    return config_.dtype == DType::kFloat32 && config_.k == matrix_.k_padded() && k_order_.empty();
-  }
-
-  float* TakeRows(Arena& arena, int64_t m) const {
-    return ReadsInPlace() ? nullptr
-                          : arena.Take<float>(std::min(m, kChunkRows) * matrix_.k_padded());
-  }
-
-  /// One row of A in the order of the packed k, zeros where those are padding.
+  /// One row of A as float32, in the order of the packed k and with zeros for its padding.
   void LoadRow(const void* a, float* x) const {
     if (k_order_.empty()) {
       matrix_.isa().to_float(a, config_.dtype, config_.k, x);
@@ -81,21 +66,20 @@ class CpuMatMulNBits : public MatMulNBits {
     std::fill(x + ordered, x + matrix_.k_padded(), 0.0f);
   }
 
-  void Multiply(const cpu::PackedMatrix::Rows& a, void* y, const ExecutionContext& context) const {
-    const int64_t blocks = (a.count + kTaskRows - 1) / kTaskRows;
+  void Multiply(const float* x, int64_t m, uint8_t* y, const ExecutionContext& context) const {
+    const int64_t blocks = (m + kTaskRows - 1) / kTaskRows;
     cpu::RunTasks(context, blocks * matrix_.tasks(), [&](size_t i) {
       // Neighbours share weights.
       const int64_t task = int64_t(i) / blocks, block = int64_t(i) % blocks;
-      const int64_t first = PartStart(a.count, blocks, block);
-      const int64_t rows = PartStart(a.count, blocks, block + 1) - first;
+      const int64_t first = PartStart(m, blocks, block);
+      const int64_t rows = PartStart(m, blocks, block + 1) - first;
       float sums[kTaskRows * kTaskColumns];
-      matrix_.Multiply(0, task, {a.x + first * a.ldx, a.ldx, nullptr, rows}, sums, kTaskColumns);
+      matrix_.Multiply(0, task, {x + first * matrix_.ldx(), nullptr, rows}, sums, kTaskColumns);
       const int64_t column = task * kTaskColumns;
       const int64_t columns = std::min(kTaskColumns, config_.n - column);
       for (int64_t r = 0; r < rows; ++r)
-        matrix_.isa().from_float(
-            sums + r * kTaskColumns, columns, config_.dtype,
-            static_cast<uint8_t*>(y) + ((first + r) * config_.n + column) * ElementSize());
+        matrix_.isa().from_float(sums + r * kTaskColumns, columns, config_.dtype,
+                                 y + ((first + r) * config_.n + column) * ElementSize());
     });
   }
 

@@ -29,6 +29,9 @@ class PackedMatrix {
   const CpuIsa& isa() const { return *kernel_->isa; }
   const PackedHeader& header() const { return weights_.header; }
   int64_t k_padded() const { return weights_.shape.k_padded; }
+  /// Stride of rows of x: a cache line more than a row, because at a power of two the rows of a
+  /// tile would fall on the same few lines of the first-level cache.
+  int64_t ldx() const { return k_padded() + 16; }
   int64_t panels() const { return weights_.shape.row_tiles; }
   /// Columns of y, padding included.
   int64_t columns() const { return panels() * kPanelRows; }
@@ -38,9 +41,8 @@ class PackedMatrix {
   /// y[rows, ldy] = columns [task * kTaskColumns, ...) of the expert's y. Returns their number,
   /// a multiple of 16.
   struct Rows {
-    const float* x;
-    int64_t ldx;
-    const int32_t* index;  // null = rows of x in order
+    const float* x;        // [*, ldx()], zero from k to k_padded()
+    const int32_t* index;  // [count], row i is x[index[i]]; null = row i
     int64_t count;
   };
   int64_t Multiply(int64_t expert, int64_t task, const Rows& rows, float* y, int64_t ldy) const;

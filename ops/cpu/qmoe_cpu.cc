@@ -37,7 +37,7 @@ struct RowBlock {
 
 /// The workspace of a chunk of T tokens, R = T * topk routes; a row is a route, sorted by expert.
 struct Scratch {
-  float* x;             // [T, padded H]; null if the input is used in place
+  float* x;             // [T, fc1 ldx] input as float32
   int32_t* expert_ids;  // [T, topk]
   float* factors;       // [T, topk]
   int32_t* row_of;      // [T, topk] row of each route
@@ -46,8 +46,8 @@ struct Scratch {
   int32_t* starts;      // [E] its first row
   int32_t* order;       // [E] experts, most rows first
   RowBlock* blocks;     // [R / kTaskRows + E]
-  float* h;             // [R, padded I]
-  float* y;             // [R, padded H]
+  float* h;             // [R, fc2 ldx] activated fc1
+  float* y;             // [R, fc2 columns]
 };
 
 GemmProblem Problem(const MoeConfig& config, const RowReader& reader, GemmStage stage) {
@@ -88,14 +88,9 @@ class CpuQMoe : public QMoe {
  private:
   int64_t ChunkTokens() const { return std::max<int64_t>(1, kChunkRoutes / config_.topk); }
 
-  /// Whether the kernel can read the input as it is.
-  bool ReadsInPlace() const {
-    return config_.dtype == DType::kFloat32 && config_.hidden_size == fc1_.k_padded();
-  }
-
   Scratch TakeScratch(Arena& arena, int64_t tokens) const {
     const int64_t routes = tokens * config_.topk, experts = config_.experts;
-    return {.x = ReadsInPlace() ? nullptr : arena.Take<float>(tokens * fc1_.k_padded()),
+    return {.x = arena.Take<float>(tokens * fc1_.ldx()),
             .expert_ids = arena.Take<int32_t>(routes),
             .factors = arena.Take<float>(routes),
             .row_of = arena.Take<int32_t>(routes),
@@ -104,7 +99,7 @@ class CpuQMoe : public QMoe {
             .starts = arena.Take<int32_t>(experts),
             .order = arena.Take<int32_t>(experts),
             .blocks = arena.Take<RowBlock>(routes / kTaskRows + experts),
-            .h = arena.Take<float>(routes * fc2_.k_padded()),
+            .h = arena.Take<float>(routes * fc2_.ldx()),
             .y = arena.Take<float>(routes * fc2_.columns())};
   }
 
@@ -134,19 +129,16 @@ class CpuQMoe : public QMoe {
     });
     const int64_t blocks = SortByExpert(chunk.tokens, scratch);
     cpu::RunTasks(context, blocks * fc1_.tasks(), [&](size_t i) {
-      Fc1(chunk, scratch, scratch.blocks[int64_t(i) / fc1_.tasks()], int64_t(i) % fc1_.tasks());
+      Fc1(scratch, scratch.blocks[int64_t(i) / fc1_.tasks()], int64_t(i) % fc1_.tasks());
     });
     cpu::RunTasks(context, blocks * fc2_.tasks(), [&](size_t i) {
       const RowBlock& block = scratch.blocks[int64_t(i) / fc2_.tasks()];
-      const int64_t task = int64_t(i) % fc2_.tasks(), ldh = fc2_.k_padded();
-      fc2_.Multiply(block.expert, task, {scratch.h + block.first * ldh, ldh, nullptr, block.count},
-                    scratch.y + block.first * fc2_.columns() + task * kTaskColumns, fc2_.columns());
     });
     cpu::RunTasks(context, chunk.tokens,
                   [&](size_t token) { Combine(chunk, scratch, int64_t(token)); });
   }
 
-  /// Routes a token and, where needed, brings its activations to float32 with a padded row.
+  /// Routes a token and brings its activations to float32 and padded.
   void LoadToken(const MoeTensors& chunk, int64_t token, const Scratch& scratch) const {
     const CpuIsa& isa = fc1_.isa();
     const int64_t experts = config_.experts;
@@ -161,8 +153,7 @@ class CpuQMoe : public QMoe {
     cpu::RouteToken(config_, logits, chunk.router_weights ? weights : nullptr,
                     scratch.expert_ids + token * config_.topk,
                     scratch.factors + token * config_.topk);
-    if (ReadsInPlace()) return;
-    float* const x = scratch.x + token * fc1_.k_padded();
+    float* const x = scratch.x + token * fc1_.ldx();
     load_row(chunk.input, config_.dtype, config_.hidden_size, x);
     std::fill(x + config_.hidden_size, x + fc1_.k_padded(), 0.0f);
   }
@@ -198,20 +189,17 @@ class CpuQMoe : public QMoe {
   }
 
   /// One task of fc1: activated columns of h, and the zeros behind the last one.
-  void Fc1(const MoeTensors& chunk, const Scratch& scratch, const RowBlock& block,
-           int64_t task) const {
-    const int64_t per_value = IsGated(config_.activation.type) ? 2 : 1, ldh = fc2_.k_padded();
+  void Fc1(const Scratch& scratch, const RowBlock& block, int64_t task) const {
+    const int64_t per_value = IsGated(config_.activation.type) ? 2 : 1;
     const int64_t column = task * kTaskColumns / per_value;
     const int64_t columns = std::min(kTaskColumns / per_value, config_.inter_size - column);
-    const float* x = scratch.x ? scratch.x : static_cast<const float*>(chunk.input);
     float sums[kTaskRows * kTaskColumns];
-    fc1_.Multiply(block.expert, task,
-                  {x, fc1_.k_padded(), scratch.token_of + block.first, block.count}, sums,
-                  kTaskColumns);
+    fc1_.Multiply(block.expert, task, {scratch.x, scratch.token_of + block.first, block.count},
+                  sums, kTaskColumns);
     for (int64_t r = 0; r < block.count; ++r) {
-      float* const h = scratch.h + (block.first + r) * ldh;
+      float* const h = scratch.h + (block.first + r) * fc2_.ldx();
       fc1_.isa().activate(config_.activation, sums + r * kTaskColumns, columns, h + column);
-      if (task == fc1_.tasks() - 1) std::fill(h + config_.inter_size, h + ldh, 0.0f);
+      if (task == fc1_.tasks() - 1) std::fill(h + config_.inter_size, h + fc2_.k_padded(), 0.0f);
     }
   }
 

@@ -66,7 +66,8 @@ void RouteSparseMixer(const MoeConfig& config, const float* logits, int32_t* exp
 
 void RouteToken(const MoeConfig& config, const float* logits, const float* router_weights,
                 int32_t* expert_ids, float* factors) {
-  if (config.use_sparse_mixer) return RouteSparseMixer(config, logits, expert_ids, factors);
+  if (config.use_sparse_mixer && router_weights == nullptr)
+    return RouteSparseMixer(config, logits, expert_ids, factors);
   SelectTopK(config, logits, expert_ids);
   if (router_weights == nullptr) {
     ChosenProbabilities(config, logits, expert_ids, factors);

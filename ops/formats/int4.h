@@ -1,11 +1,14 @@
-// int4: unsigned 4-bit codes, w = (q - zero_point) * scale, zero point 8 unless the model gives
-// one.
+// int4: unsigned 4-bit codes, w = (q - zero_point) * scale, zero point 8 unless the model gives one.
 //
-// A fragment is one word. Its four pairs of codes lie 16 bits apart, so that one AND-OR makes a
-// half2 of either:
-//   bits  0-3,  16-19   pair 0 (row g,   k = 2t, 2t+1)      bits  4-7,  20-23   pair 2 (row g,   k
-//   = 2t+8, 2t+9) bits  8-11, 24-27   pair 1 (row g+8, k = 2t, 2t+1)      bits 12-15, 28-31   pair
-//   3 (row g+8, k = 2t+8, 2t+9)
+// A fragment is one word. The two codes of a pair lie 16 bits apart, so that one AND-OR makes a
+// half2 of them:
+//
+//   bits            pair  row    k
+//    0-3,  16-19     0    g      2t,   2t+1
+//    4-7,  20-23     2    g      2t+8, 2t+9
+//    8-11, 24-27     1    g+8    2t,   2t+1
+//   12-15, 28-31     3    g+8    2t+8, 2t+9
+//
 // k mod 16 < 8 is in low nibbles, the rest in high ones: a kernel may scale x by k instead of
 // shifting codes.
 #pragma once

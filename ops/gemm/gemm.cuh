@@ -1,23 +1,20 @@
 // What pipelines (ops/qmoe/qmoe.cu, ops/matmul_nbits/matmul_nbits.cu) and the CUDA GEMM kernels
 // beside this file know of each other.
 //
-// All kernels compute the same: for each row tile (expert e, rows r0 to r0 + count) and each output
-// feature n
+// All kernels compute the same, for each row tile (an expert e and some rows r) and each feature n:
 //
-//   acc[r, n] = sum over k of x[x_rows[r], k] * (centered(code[e, n, k]) + zero_offset) *
-//   block_scale     (float32 sums) v[r, n]   = acc * row_scale + bias y[r, n]   = activation(v[r,
-//   n]), or activation(gate, up) of two rows for gated weights, rounded once
+//   w[e, n, k] = (centered(code) + zero_offset) * block_scale
+//   acc[r, n]  = sum over k of x[x_rows[r], k] * w[e, n, k]           in float32
+//   v[r, n]    = acc * row_scale + bias
+//   y[r, n]    = activation(v[r, n]); gated: activation(gate, up) of two n; rounded once
 //
 // Rows are sorted by expert. Row tiles never mix experts and hold at most tile_rows rows. The list
 // of them is made on the device (ops/qmoe/permute.cu), so grids are sized for the worst case and
 // blocks beyond the list's end return at once.
 //
-// A kernel is a header ops/gemm/<stem>.cuh with a namespace <stem> that has
-//   template <class F> struct Gemm;    // F: the format. Static members kMinSm, kMaxSm, kPriority,
-//   kLimits, DTypes, Refuse,
-//                                      // TileRows, Prepare, Launch: see RegisterCudaGemm and
-//                                      docs/adding-a-kernel.md
-// and the build makes one translation unit of it for each format.
+// A kernel is a header ops/gemm/<stem>.cuh with a struct <stem>::Gemm<F>, F being the format, whose
+// static members RegisterCudaGemm reads; the build makes one translation unit of it for each
+// format. docs/adding-a-kernel.md tells the rest.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -41,7 +38,7 @@ struct RowTile {
 };
 
 /// One launch. Passed to kernels by value.
-struct GemmArgs {
+struct CudaGemmArgs {
   DType dtype;  // of x and y
 
   // Packed weights [E, n, k] in kCudaTile16x64, see ops/packed_weights.h.
@@ -52,10 +49,9 @@ struct GemmArgs {
   const float* bias;   // null = none
   int64_t tile_bytes;  // codes of one row tile
   int n, k;
-  int row_tiles;      // of the weights: ceil(n / 16)
-  int block_shift;    // k >> block_shift is the block; 31 = per channel
-  int scale_groups;   // blocks a row in block_scales
-  int offset_groups;  // blocks a row in zero_offsets
+  int row_tiles;    // of the weights: ceil(n / 16)
+  int block_shift;  // k >> block_shift is the block; 31 = per channel
+  int groups;       // blocks a row in block_scales and zero_offsets; 1 = per channel
   bool gated;
 
   // Activations [*, k]. Values beyond k are never read.
@@ -78,12 +74,12 @@ struct GemmArgs {
 
 /// Registry entry: what Kernel::launch points to. All thread-safe.
 struct CudaGemm {
-  /// Rows of a tile that suit the problem; goes into GemmArgs and into the row tile list.
+  /// Rows of a tile that suit the problem; goes into CudaGemmArgs and into the row tile list.
   int (*tile_rows)(const GemmProblem&);
   /// Called at construction with the device current, for the activation type that will be launched:
   /// loads the kernels (PrepareKernel).
   void (*prepare)(DType);
-  void (*launch)(const GemmArgs&, cudaStream_t);
+  void (*launch)(const CudaGemmArgs&, cudaStream_t);
 };
 
 /// Upper bound of the number of row tiles.

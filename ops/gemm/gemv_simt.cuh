@@ -1,16 +1,15 @@
 // gemv_simt: few rows, any float activation type, float32 FMAs.
 //
-//   block      256 threads = one weight row tile (16 rows) x one row tile of x (kRows: 1, 2, 4 or 8
-//   rows) k          the 8 warps take 64-k tiles in turn, each kUnroll tiles at once so that loads
-//   overlap; their sums meet in
-//              shared memory and are added in the order of the warps
-//   weights    16-byte streaming loads straight to registers, decoded to float32; each byte is read
-//   once a block x          [kRows, 64] of each k tile goes through the warp's own shared memory as
-//   float32, zeros beyond K scales     applied to the sum of each 16-k fragment, [row tile, block,
-//   16]: one pair a lane and block
+//   block     256 threads = one weight row tile (16 rows) x kRows rows of x (1, 2, 4 or 8)
+//   k         the 8 warps take 64-k tiles in turn, each kUnroll of them at once so that loads
+//             overlap; their sums meet in shared memory and are added in the order of the warps
+//   weights   16-byte streaming loads to registers, decoded to float32; read once a block
+//   x         [kRows, 64] of each k tile, through the warp's own shared memory as float32, zero
+//             beyond K
+//   scales    one pair a lane and quantization block, applied to the sums of 16 k
 //
-// Chosen when the rows of an expert are so few that reading the weights is all the work. Refuses
-// more rows than that: from there on kernels that keep decoded weights for many rows are faster.
+// Chosen when an expert has so few rows that reading its weights is all the work. Refuses more
+// rows: kernels that use decoded weights for many rows are faster from there on.
 #pragma once
 
 #include "ops/common/cuda_host.h"
@@ -28,7 +27,7 @@ struct WeightTile {
   Scale2Of<T> scales[kFragmentsPerTile], offsets[kFragmentsPerTile];
 
   /// `codes_base` is the row tile's, scales and offsets the lane's pair of its first block.
-  __device__ void Load(const GemmArgs& args, const uint8_t* codes_base, const ScaleOf<T>* scale,
+  __device__ void Load(const CudaGemmArgs& args, const uint8_t* codes_base, const ScaleOf<T>* scale,
                        const ScaleOf<T>* offset, int k_tile, int lane) {
     codes.LoadGlobal(codes_base + int64_t(k_tile) * TileBytes(F::kBits), lane);
 #pragma unroll
@@ -81,18 +80,14 @@ __device__ void Accumulate(const WeightTile<F, T>& tile, bool scaled, bool with_
 
 /// The sums of one warp, over its k tiles.
 template <class F, class T, int kRows, int kUnroll>
-__device__ void SumTiles(const GemmArgs& args, const RowTile& rows, int row_tile, int warp,
+__device__ void SumTiles(const CudaGemmArgs& args, const RowTile& rows, int row_tile, int warp,
                          int lane, float (*x_shared)[kRows][kTileK], float (&sums)[kRows][2]) {
   using S = ScaleOf<T>;
-  const int lane_slot = lane / 4 * 2;
   const uint8_t* codes = TileCodes(args, rows.expert, row_tile);
+  const int64_t slot = TileScales(args, rows.expert, row_tile) + lane / 4 * 2;
   const S *scales = nullptr, *offsets = nullptr;
-  if (args.block_scales != nullptr)
-    scales = TileScales<S>(args.block_scales, args, args.scale_groups, rows.expert, row_tile) +
-             lane_slot;
-  if (args.zero_offsets != nullptr)
-    offsets = TileScales<S>(args.zero_offsets, args, args.offset_groups, rows.expert, row_tile) +
-              lane_slot;
+  if (args.block_scales != nullptr) scales = static_cast<const S*>(args.block_scales) + slot;
+  if (args.zero_offsets != nullptr) offsets = static_cast<const S*>(args.zero_offsets) + slot;
   const T* x[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r)  // rows that are not there repeat the last one and are not stored
@@ -127,7 +122,8 @@ __device__ void SumTiles(const GemmArgs& args, const RowTile& rows, int row_tile
 }
 
 template <class F, class T, int kRows>
-__global__ void __launch_bounds__(kWarps * 32) gemv_simt(const __grid_constant__ GemmArgs args) {
+__global__ void __launch_bounds__(kWarps * 32)
+    gemv_simt(const __grid_constant__ CudaGemmArgs args) {
   constexpr int kUnroll = kRows <= 4 ? 2 : 1;
   __shared__ __align__(16) float x_shared[kWarps][kUnroll][kRows][kTileK];
   __shared__ float partial[kWarps][kRows][kTileRows];
@@ -198,7 +194,7 @@ struct Gemm {
     });
   }
 
-  static void Launch(const GemmArgs& args, cudaStream_t stream) {
+  static void Launch(const CudaGemmArgs& args, cudaStream_t stream) {
     WithType(args.dtype, [&](auto type) {
       using T = decltype(type);
       auto* kernel = args.tile_rows == 1   ? &gemv_simt<F, T, 1>

@@ -1,12 +1,12 @@
 // grouped_gemm_dequant: decodes weights to float32 in shared memory and multiplies there with plain
 // FMAs. True float32: no TF32, no 16-bit products.
 //
-//   block      256 threads = 64 weight rows (4 row tiles) x 64 rows of x; each thread 4 x 4 sums
-//   k          tiles of 64: weights [64 k, 64 rows] and x [64 k, 64 rows] as float32 in shared
-//   memory, k outermost
+//   block     256 threads = 64 weight rows (4 row tiles) x 64 rows of x; each thread 4 x 4 sums
+//   k         tiles of 64 in shared memory as float32, k outermost: weights [64 k, 64 rows] and
+//             x [64 k, 64 rows]
 //
-// The fallback: takes every format, activation type and number of rows, and refuses nothing. It is
-// what float32 runs above gemv_simt's few rows.
+// The fallback: every format, activation type and number of rows. It is what float32 runs above
+// gemv_simt's few rows.
 #pragma once
 
 #include "ops/common/cuda_host.h"
@@ -27,7 +27,7 @@ using Tile = float[kTileK][kStride];
 
 /// Decodes one k tile. Warp w takes row tile w % 4, k16 steps 2 (w / 4) and the next.
 template <class F, class T>
-__device__ void LoadWeights(const GemmArgs& args, const RowTile& tile, int first_row_tile,
+__device__ void LoadWeights(const CudaGemmArgs& args, const RowTile& tile, int first_row_tile,
                             int k_tile, Tile& weights) {
   using S = ScaleOf<T>;
   using S2 = Scale2Of<T>;
@@ -47,15 +47,15 @@ __device__ void LoadWeights(const GemmArgs& args, const RowTile& tile, int first
     else
       codes.Dequant(2 + step, w);
     const int j = warp / 4 * 2 + step;
-    const int64_t at =
-        int64_t((k_tile * kTileK + 16 * j) >> args.block_shift) * kTileRows + lane / 4 * 2;
+    const int64_t slot = TileScales(args, tile.expert, row_tile) + lane / 4 * 2 +
+                         int64_t((k_tile * kTileK + 16 * j) >> args.block_shift) * kTileRows;
     float2 scale = make_float2(1.0f, 1.0f), offset = make_float2(0.0f, 0.0f);
     if (args.block_scales != nullptr)
-      scale = ToFloat2(*reinterpret_cast<const S2*>(
-          TileScales<S>(args.block_scales, args, args.scale_groups, tile.expert, row_tile) + at));
+      scale =
+          ToFloat2(*reinterpret_cast<const S2*>(static_cast<const S*>(args.block_scales) + slot));
     if (args.zero_offsets != nullptr)
-      offset = ToFloat2(*reinterpret_cast<const S2*>(
-          TileScales<S>(args.zero_offsets, args, args.offset_groups, tile.expert, row_tile) + at));
+      offset =
+          ToFloat2(*reinterpret_cast<const S2*>(static_cast<const S*>(args.zero_offsets) + slot));
     float* column = &weights[16 * j + lane % 4 * 2][local_tile * kTileRows + lane / 4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // pairs 0 and 2 are row g, 1 and 3 row g + 8; 2 and 3 at k + 8
@@ -69,7 +69,7 @@ __device__ void LoadWeights(const GemmArgs& args, const RowTile& tile, int first
 
 /// One k tile of x, zero beyond K and beyond the tile's rows. A warp reads 8 k of 4 rows at a time.
 template <class T>
-__device__ void LoadX(const GemmArgs& args, const RowTile& tile, int k_tile, Tile& x) {
+__device__ void LoadX(const CudaGemmArgs& args, const RowTile& tile, int k_tile, Tile& x) {
   const int first_row = threadIdx.x / 8, first_k = threadIdx.x % 8;
 #pragma unroll
   for (int r = first_row; r < kRows; r += kThreads / 8) {
@@ -83,8 +83,8 @@ __device__ void LoadX(const GemmArgs& args, const RowTile& tile, int k_tile, Til
 }
 
 template <class F, class T>
-__global__ void __launch_bounds__(kThreads)
-    grouped_gemm_dequant(const __grid_constant__ GemmArgs args) {
+__global__ void __launch_bounds__(kThreads, 3)
+    grouped_gemm_dequant(const __grid_constant__ CudaGemmArgs args) {
   __shared__ __align__(16) float shared[2][kTileK][kStride];  // weights, x; the sums at the end
   const unsigned weight_blocks = (args.row_tiles + kBlockTiles - 1) / kBlockTiles;
   const int first_row_tile = blockIdx.x % weight_blocks * kBlockTiles;
@@ -141,7 +141,7 @@ struct Gemm {
     });
   }
 
-  static void Launch(const GemmArgs& args, cudaStream_t stream) {
+  static void Launch(const CudaGemmArgs& args, cudaStream_t stream) {
     const int64_t weight_blocks = (args.row_tiles + kBlockTiles - 1) / kBlockTiles;
     WithType(args.dtype, [&](auto type) {
       using T = decltype(type);

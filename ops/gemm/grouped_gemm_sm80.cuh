@@ -1,18 +1,18 @@
-// grouped_gemm_sm80: float16 and bfloat16 on tensor cores by mma.sync.m16n8k16, float32
-// accumulators.
+// grouped_gemm_sm80: float16 and bfloat16 on tensor cores, mma.sync.m16n8k16 with float32 sums.
 //
-//   block      128 threads = 128 weight rows (8 row tiles) x kRows rows of x (16, 32 or 64)
-//   warp       2 weight row tiles as operand A, all kRows rows of x as operand B, so no weight is
-//   decoded twice pipeline   kStages shared-memory stages of 64 k, filled by cp.async: x [kRows,
-//   64] swizzled, codes [8 tiles], scales and
-//              zero offsets [8 tiles, up to 4 blocks, 16]
-//   decode     exact to centered values; + zero offset; * block scale, rounded once to the
-//   activation type epilogue   sums meet in shared memory as float32 [kRows, 128]; row scale, bias,
-//   activation; coalesced stores
+//   block     128 threads = 128 weight rows (8 row tiles) x kRows rows of x (16, 32 or 64)
+//   warp      2 weight row tiles as operand A, all kRows rows of x as operand B: no weight is
+//             decoded twice
+//   pipeline  kStages stages of 64 k in shared memory, filled by cp.async: x [kRows, 64] swizzled,
+//             codes [8 tiles], scales and zero offsets [8 tiles, up to 4 blocks, 16]
+//   decode    exactly to centered values, + zero offset, * block scale, rounded once to the
+//             activation type
+//   epilogue  sums meet in shared memory as float32 [kRows, 128]; row scale, bias, activation;
+//             coalesced stores
 //
 // x beyond K and beyond the tile's rows is zero. Rows of x that are not 16-byte aligned are copied
-// element by element. Chosen above gemv_simt. Refuses float32 (grouped_gemm_dequant runs it
-// exactly).
+// element by element. Chosen above gemv_simt's few rows. Not for float32: grouped_gemm_dequant runs
+// that exactly.
 #pragma once
 
 #include "ops/common/cuda_host.h"
@@ -62,7 +62,7 @@ struct XLoader {
   int row, chunk;
   bool aligned;
 
-  __device__ XLoader(const GemmArgs& args, const RowTile& tile)
+  __device__ XLoader(const CudaGemmArgs& args, const RowTile& tile)
       : row(threadIdx.x / 8), chunk(threadIdx.x % 8) {
     const uintptr_t bits = reinterpret_cast<uintptr_t>(args.x) | (args.x_stride * sizeof(T));
     aligned = bits % 16 == 0 && args.k % 8 == 0;
@@ -73,7 +73,7 @@ struct XLoader {
     }
   }
 
-  __device__ void Load(const GemmArgs& args, int k_tile, char* x) const {
+  __device__ void Load(const CudaGemmArgs& args, int k_tile, char* x) const {
     const int k = k_tile * kTileK + chunk * 8;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -95,11 +95,11 @@ template <class F, int kRows>
 struct WeightLoader {
   using Layout = Stage<F, kRows>;
   const uint8_t* codes[kWarpTiles];
-  const __half *scales, *offsets;  // of this lane's tile, at its chunk; null = none
-  int blocks;                      // in a k tile
+  int64_t slots;       // this lane's chunk of scales and zero offsets, k tile 0
+  bool copies_scales;  // not all lanes do
   int warp, lane;
 
-  __device__ WeightLoader(const GemmArgs& args, const RowTile& tile, int first_row_tile)
+  __device__ WeightLoader(const CudaGemmArgs& args, const RowTile& tile, int first_row_tile)
       : warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
     // Row tiles beyond the last repeat it; what they give is not stored.
     const auto row_tile = [&](int i) {
@@ -107,22 +107,13 @@ struct WeightLoader {
     };
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) codes[i] = TileCodes(args, tile.expert, row_tile(i));
-    blocks = args.block_shift >= 6 ? 1 : kTileK >> args.block_shift;
     // 8 lanes a row tile, a chunk of 8 slots each: two chunks a block.
-    const bool takes_part = lane < 8 * kWarpTiles && lane % 8 < 2 * blocks;
-    const int tile_of_lane = row_tile(lane / 8 % kWarpTiles);
-    scales = offsets = nullptr;
-    if (takes_part && args.block_scales != nullptr)
-      scales = TileScales<__half>(args.block_scales, args, args.scale_groups, tile.expert,
-                                  tile_of_lane) +
-               lane % 8 * 8;
-    if (takes_part && args.zero_offsets != nullptr)
-      offsets = TileScales<__half>(args.zero_offsets, args, args.offset_groups, tile.expert,
-                                   tile_of_lane) +
-                lane % 8 * 8;
+    const int blocks = args.block_shift >= 6 ? 1 : kTileK >> args.block_shift;
+    copies_scales = lane < 8 * kWarpTiles && lane % 8 < 2 * blocks;
+    slots = TileScales(args, tile.expert, row_tile(lane / 8 % kWarpTiles)) + lane % 8 * 8;
   }
 
-  __device__ void Load(const GemmArgs& args, int k_tile, char* stage) const {
+  __device__ void Load(const CudaGemmArgs& args, int k_tile, char* stage) const {
     constexpr int kTileBytes = TileBytes(F::kBits);
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) {
@@ -133,10 +124,15 @@ struct WeightLoader {
         if (const int at = byte + lane * 16; at < kTileBytes)
           CopyAsync16(target + at, source + at, true);
     }
-    const int64_t first_slot = int64_t((k_tile * kTileK) >> args.block_shift) * kTileRows;
+    if (!copies_scales) return;
+    const int64_t from = slots + int64_t((k_tile * kTileK) >> args.block_shift) * kTileRows;
     const int at = (warp * kWarpTiles + lane / 8) * Layout::kScaleBytes + lane % 8 * 16;
-    if (scales != nullptr) CopyAsync16(stage + Layout::kScales + at, scales + first_slot, true);
-    if (offsets != nullptr) CopyAsync16(stage + Layout::kOffsets + at, offsets + first_slot, true);
+    if (args.block_scales != nullptr)
+      CopyAsync16(stage + Layout::kScales + at,
+                  static_cast<const __half*>(args.block_scales) + from, true);
+    if (args.zero_offsets != nullptr)
+      CopyAsync16(stage + Layout::kOffsets + at,
+                  static_cast<const __half*>(args.zero_offsets) + from, true);
   }
 };
 
@@ -174,7 +170,7 @@ __device__ void DecodeOperand(const LaneCodes<F>& codes, int j, __half2 scale, _
 
 /// Multiplies one stage.
 template <class F, class T, int kRows>
-__device__ void MultiplyStage(const GemmArgs& args, const char* stage, int warp, int lane,
+__device__ void MultiplyStage(const CudaGemmArgs& args, const char* stage, int warp, int lane,
                               float (&sums)[kWarpTiles][kRows / 8][4]) {
   using Layout = Stage<F, kRows>;
   const bool with_offsets = args.zero_offsets != nullptr;
@@ -217,8 +213,8 @@ __device__ void MultiplyStage(const GemmArgs& args, const char* stage, int warp,
 }
 
 template <class F, class T, int kRows>
-__global__ void __launch_bounds__(kThreads)
-    grouped_gemm_sm80(const __grid_constant__ GemmArgs args) {
+__global__ void __launch_bounds__(kThreads, kRows >= 64 ? 3 : 4)
+    grouped_gemm_sm80(const __grid_constant__ CudaGemmArgs args) {
   constexpr int kDepth = kStages<kRows>, kStageBytes = Stage<F, kRows>::kBytes;
   const unsigned weight_blocks = (args.row_tiles + kBlockTiles - 1) / kBlockTiles;
   const int first_row_tile = blockIdx.x % weight_blocks * kBlockTiles;
@@ -310,7 +306,7 @@ struct Gemm {
       });
   }
 
-  static void Launch(const GemmArgs& args, cudaStream_t stream) {
+  static void Launch(const CudaGemmArgs& args, cudaStream_t stream) {
     const int64_t weight_blocks = (args.row_tiles + kBlockTiles - 1) / kBlockTiles;
     WithKernel(args.dtype, args.tile_rows, [&](auto* kernel, int shared_bytes) {
       ::qmoe_plugin::Launch("grouped_gemm_sm80", kernel, args.max_tiles * weight_blocks, kThreads,

@@ -1,24 +1,25 @@
 // Where the codes of a 16-row tile lie in packed weights for CUDA (Layout::kCudaTile16x64).
 //
 // A tile is 16 rows x 64 k and takes 128 * bits bytes; the tiles of one row tile follow each other
-// along k. Lane l = 4 g + t of a warp owns 4 fragments, one for each k16 step j, the A operands of
-// mma.m16n8k16:
+// along k. Lane l = 4 g + t of a warp owns 4 fragments, the A operands of mma.m16n8k16 in the k16
+// steps j = 0 to 3. Fragment j holds
 //
-//   fragment j holds rows g and g + 8, k = 16 j + {2t, 2t+1, 2t+8, 2t+9}, in the order of
-//   ops/formats/format.h, and takes `bits` bytes as the format's EncodeFragment writes them
+//   rows g and g + 8,  k = 16 j + {2t, 2t+1, 2t+8, 2t+9}
 //
-//   2 bits: 256 bytes, lane l owns 8 at 8 l, fragment j at + 2 j
-//   4 bits: 512 bytes, lane l owns 16 at 16 l, fragment j at + 4 j
-//   8 bits: two halves of 512 bytes, j = 0, 1 and j = 2, 3; lane l owns 16 in each at 16 l,
-//   fragment j at + 8 (j mod 2)
+// in the order of ops/formats/format.h, in `bits` bytes, as the format's EncodeFragment writes them:
+//
+//   2 bits   256 bytes: lane l owns 8 at 8 l, fragment j at + 2 j
+//   4 bits   512 bytes: lane l owns 16 at 16 l, fragment j at + 4 j
+//   8 bits   two halves of 512 bytes, for j = 0, 1 and j = 2, 3: lane l owns 16 in each at 16 l,
+//            fragment j at + 8 (j mod 2)
 //
 // So a warp reads a tile with whole 512-byte loads and no shuffles, K keeps its natural order
 // (activations are not permuted), four row tiles stacked are the A operand of a 64-row wgmma, and a
 // bulk copy can fetch any range of k.
 //
-// Scales, zero offsets, row scales and biases: slot 2 g is tile row g, slot 2 g + 1 is tile row g +
-// 8, so that a lane loads the two that it needs at once. Gated: tile row i is gate i of the tile,
-// tile row i + 8 its up.
+// Scales, zero offsets, row scales and biases: slot 2g is tile row g, slot 2g+1 is tile row g+8, so
+// that a lane loads the two that it needs at once. Gated: tile row i is the tile's gate i, tile row
+// i + 8 its up.
 #pragma once
 
 #include <cstdint>

@@ -8,30 +8,32 @@
 namespace qmoe_plugin {
 namespace {
 
-/// Choices are remembered for up to so many tokens; above that, selecting anew costs nothing beside
-/// the run.
-constexpr int64_t kRememberedSteps = 32;
 /// Kernels index rows and k, rounded up to tiles, with int.
 constexpr int64_t kMaxExtent = INT32_MAX - 1024;
 
 /// Whether the kernel may run for some number of rows.
 bool MayRun(const Kernel& kernel, const Device& device, DType dtype) {
   return device.sm >= kernel.min_sm && device.sm <= kernel.max_sm &&
-         std::ranges::find(kernel.dtypes, dtype) != kernel.dtypes.end();
+         std::ranges::find(kernel.dtypes, dtype) != kernel.dtypes.end() &&
+         (kernel.available == nullptr || kernel.available());
 }
+
+const CudaGemm* GemmOf(const Kernel& kernel) { return static_cast<const CudaGemm*>(kernel.launch); }
 
 }  // namespace
 
-PackedGemm::PackedGemm(const Device& device, const GemmProblem& problem, int64_t row_step,
+PackedGemm::PackedGemm(const Device& device, const GemmProblem& problem,
                        const ActivationParams& activation, const RowReader& reader)
-    : device_(device), problem_(problem), row_step_(row_step), activation_(activation) {
-  const DeviceScope scope(device.index);
+    : device_(device), problem_(problem), activation_(activation) {
   QMOE_REQUIRE(problem.n <= kMaxExtent && problem.k <= kMaxExtent, Describe(problem),
                " is too large; the CUDA kernels take up to ", kMaxExtent, " rows and columns");
-  for (const Verdict& verdict : Explain(device, problem))
-    if (MayRun(*verdict.kernel, device, problem.dtype))
-      static_cast<const CudaGemm*>(verdict.kernel->launch)->prepare(problem.dtype);
-  for (int64_t i = 0; i <= kRememberedSteps; ++i) choices_.push_back(Select(i * row_step));
+  const DeviceScope scope(device.index);
+  for (const Verdict& verdict : Explain(device, problem)) {
+    if (!MayRun(*verdict.kernel, device, problem.dtype)) continue;
+    GemmOf(*verdict.kernel)->prepare(problem.dtype);
+    candidates_.push_back(verdict.kernel);
+  }
+  Choose(1);  // fails now rather than in a run if no kernel takes the problem
   Upload(reader);
 }
 
@@ -51,22 +53,19 @@ void PackedGemm::Upload(const RowReader& reader) {
   Pack(reader, weights_.header, sink);
 }
 
-PackedGemm::Choice PackedGemm::Select(int64_t rows) const {
+PackedGemm::Choice PackedGemm::Choose(int64_t rows) const {
   GemmProblem problem = problem_;
   problem.rows = rows;
-  const Kernel& kernel = qmoe_plugin::Select(device_, problem);
-  const auto* gemm = static_cast<const CudaGemm*>(kernel.launch);
-  return {gemm, gemm->tile_rows(problem)};
+  const auto chosen = std::ranges::find_if(candidates_, [&](const Kernel* kernel) {
+    return kernel->refuse == nullptr || kernel->refuse(problem).empty();
+  });
+  const Kernel& kernel = chosen != candidates_.end() ? **chosen : Select(device_, problem);
+  return {GemmOf(kernel), GemmOf(kernel)->tile_rows(problem)};
 }
 
-PackedGemm::Choice PackedGemm::Choose(int64_t rows) const {
-  const int64_t step = rows / row_step_;
-  return step <= kRememberedSteps ? choices_[size_t(step)] : Select(rows);
-}
-
-GemmArgs PackedGemm::Args(const Choice& choice) const {
+CudaGemmArgs PackedGemm::Args(const Choice& choice) const {
   const PackedHeader& header = weights_.header;
-  GemmArgs args{};
+  CudaGemmArgs args{};
   args.dtype = problem_.dtype;
   args.codes = weights_.codes();
   args.block_scales = weights_.block_scales();
@@ -78,8 +77,7 @@ GemmArgs PackedGemm::Args(const Choice& choice) const {
   args.k = int(header.k);
   args.row_tiles = int(weights_.shape.row_tiles);
   args.block_shift = header.block_size ? std::countr_zero(header.block_size) : 31;
-  args.scale_groups = int(weights_.shape.groups);
-  args.offset_groups = int(std::max<int64_t>(weights_.shape.groups, 1));
+  args.groups = int(std::max<int64_t>(weights_.shape.groups, 1));
   args.gated = weights_.gated();
   args.tile_rows = choice.tile_rows;
   args.activation = activation_;

@@ -20,29 +20,26 @@ class PackedGemm {
     int tile_rows;
   };
 
-  /// Packs the reader's rows onto the device. `problem` says all but the rows; its activation is
-  /// that of `activation`. Launches will have multiples of `row_step` rows (topk, or 1).
-  PackedGemm(const Device& device, const GemmProblem& problem, int64_t row_step,
-             const ActivationParams& activation, const RowReader& reader);
+  /// Packs the reader's rows onto the device. `problem` says all but the rows of x.
+  PackedGemm(const Device& device, const GemmProblem& problem, const ActivationParams& activation,
+             const RowReader& reader);
+
+  /// What Select() of ops/registry.h says for so many rows, without sorting the registry each time.
+  Choice Choose(int64_t rows) const;
 
   const PackedHeader& header() const { return weights_.header; }
 
-  /// Cheap and lock-free for a few rows, where it matters.
-  Choice Choose(int64_t rows) const;
-
   /// Arguments with everything about the weights filled in.
-  GemmArgs Args(const Choice& choice) const;
+  CudaGemmArgs Args(const Choice& choice) const;
 
  private:
   void Upload(const RowReader& reader);
-  Choice Select(int64_t rows) const;
 
   Device device_;
   GemmProblem problem_;
-  int64_t row_step_;
   ActivationParams activation_;
   PackedWeights weights_;
-  std::vector<Choice> choices_;  // for i * row_step rows
+  std::vector<const Kernel*> candidates_;  // highest priority first
 };
 
 }  // namespace qmoe_plugin

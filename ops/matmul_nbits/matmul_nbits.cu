@@ -40,7 +40,7 @@ class CudaMatMulNBits final : public MatMulNBits {
   CudaMatMulNBits(const Device& device, const MatMulConfig& config, const RowReader& weights)
       : device_(device),
         config_(config),
-        gemm_(device, Problem(config, weights), 1, {.type = Activation::kIdentity}, weights) {
+        gemm_(device, Problem(config, weights), {.type = Activation::kIdentity}, weights) {
     const std::vector<int32_t>& order = weights.k_order();
     if (order.empty()) return;
     const DeviceScope scope(device.index);
@@ -66,7 +66,7 @@ class CudaMatMulNBits final : public MatMulNBits {
     const DeviceScope scope(device_.index);
     const auto stream = static_cast<cudaStream_t>(context.stream);
     const PackedGemm::Choice choice = gemm_.Choose(tensors.m);
-    GemmArgs args = gemm_.Args(choice);
+    CudaGemmArgs args = gemm_.Args(choice);
     args.x = tensors.a;
     args.x_stride = config_.k;
     if (k_order_) {

@@ -26,7 +26,8 @@ struct OrtStatus;
 struct OrtTensorTypeAndShapeInfo;
 struct OrtValue;
 
-enum OrtErrorCode {
+// Only the values that we use; with `int`, any other that the runtime gives us is legal, too.
+enum OrtErrorCode : int {
   ORT_OK,
   ORT_FAIL,
   ORT_INVALID_ARGUMENT,
@@ -34,17 +35,17 @@ enum OrtErrorCode {
   ORT_NOT_IMPLEMENTED = 9
 };
 
-enum OrtLoggingLevel { ORT_LOGGING_LEVEL_INFO = 1, ORT_LOGGING_LEVEL_WARNING = 2 };
+enum OrtLoggingLevel : int { ORT_LOGGING_LEVEL_INFO = 1, ORT_LOGGING_LEVEL_WARNING = 2 };
 
-enum OrtAllocatorType { OrtArenaAllocator = 1 };
+enum OrtAllocatorType : int { OrtArenaAllocator = 1 };
 
-enum OrtMemType { OrtMemTypeCPUInput = -2, OrtMemTypeDefault = 0 };
+enum OrtMemType : int { OrtMemTypeCPUInput = -2, OrtMemTypeDefault = 0 };
 
-enum OrtMemoryInfoDeviceType { OrtMemoryInfoDeviceType_CPU = 0 };
+enum OrtMemoryInfoDeviceType : int { OrtMemoryInfoDeviceType_CPU = 0 };
 
-enum OrtOpAttrType { ORT_OP_ATTR_INT = 1 };
+enum OrtOpAttrType : int { ORT_OP_ATTR_INT = 1 };
 
-enum OrtCustomOpInputOutputCharacteristic { INPUT_OUTPUT_REQUIRED, INPUT_OUTPUT_OPTIONAL };
+enum OrtCustomOpInputOutputCharacteristic : int { INPUT_OUTPUT_REQUIRED, INPUT_OUTPUT_OPTIONAL };
 
 /// The values are those of qmoe_plugin::DType, which lists the ones we can use.
 enum ONNXTensorElementDataType : int {

@@ -113,10 +113,9 @@ TensorView NodeInfo::ConstantInput(size_t index) const {
   const OrtValue* value = nullptr;  // belongs to the session
   api_.Call<slot::KernelInfoGetConstantInput_tensor>(info_, index, &is_constant, &value);
   if (!is_constant || !value) {
-    FailInvalid(
-        input,
-        " is not constant. Weights are packed once, when the session is made: store it as an "
-        "initializer that is no graph input, or compute it before export");
+    FailInvalid(input,
+                " is not constant. Weights are packed once, when the session is made: store it as "
+                "an initializer that is no graph input, or compute it before export");
   }
   api_.Call<slot::IsTensor>(value, &is_tensor);
   QMOE_REQUIRE(is_tensor, input, " is not a dense tensor; store it as one");
@@ -127,8 +126,7 @@ TensorView NodeInfo::ConstantInput(size_t index) const {
   api_.Get<slot::MemoryInfoGetDeviceType>()(memory, &device);
   QMOE_REQUIRE(device == OrtMemoryInfoDeviceType_CPU, input,
                " was put into device memory, which happens when the same initializer also feeds an "
-               "activation input "
-               "of this node; give each input its own initializer");
+               "activation input of this node; give each input its own initializer");
 
   TensorView view = DescribeTensor(api_, value);
   CheckType(view, input);

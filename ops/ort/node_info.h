@@ -40,7 +40,8 @@ class NodeInfo {
   /// Writes to the session's log, if it wants messages of this severity.
   void Log(OrtLoggingLevel severity, const std::string& message) const;
 
-  /// The one line that the log gets of every node: what was packed, and the time since this object was made.
+  /// The one line that the log gets of every node: what was packed, and the time since this object
+  /// was made.
   void LogPacked(std::span<const PackedHeader> weights) const;
 
  private:

@@ -1,6 +1,7 @@
 #include "ops/ort/qmoe_node.h"
 
 #include <cmath>
+#include <limits>
 
 #include "ops/error.h"
 #include "ops/ort/int_format.h"
@@ -25,16 +26,15 @@ void RefuseQuantType(const QMoeAttributes& a, const Tensors& inputs) {
   const std::string& type = a.quant_type;
   if (type == "fp4" || type == "nvfp4" || type == "fp8" || type == "wfp4afp8") {
     FailUnsupported("quant_type is \"", type,
-                    "\"; this release runs \"int\" only. Leave the node in com.microsoft, "
-                    "or quantize the experts to int4 or int8");
+                    "\"; this release runs \"int\" only. Leave the node in com.microsoft, or "
+                    "quantize the experts to int4 or int8");
   }
   QMOE_REQUIRE(type == "int", "quant_type is \"", type,
                "\"; allowed are int, fp4, nvfp4, fp8 and wfp4afp8");
   for (size_t i = kFc1GlobalScale; i < kQMoeInputs; ++i) {
     QMOE_REQUIRE(!inputs[i].present, "input ", i, " is given (", inputs[i].Describe(),
                  "), but inputs 15 to 20, global and activation scales, belong to other "
-                 "quant_types than \"int\"; "
-                 "leave it out");
+                 "quant_types than \"int\"; leave it out");
   }
 }
 
@@ -74,8 +74,7 @@ ActivationParams PlanClassicGating(const std::string& type) {
   if (type == "gelu") {
     FailUnsupported(
         "activation_type is \"gelu\" (erf) with fc3, and there is no gated form of it; if the "
-        "model "
-        "was trained with the tanh approximation, write activation_type=\"geglu\"");
+        "model was trained with the tanh approximation, write activation_type=\"geglu\"");
   }
   FailUnsupported(
       "activation_type is \"", type,
@@ -91,8 +90,7 @@ ActivationPlan PlanActivation(const QMoeAttributes& a, bool has_fc3) {
                "\"; only swiglu and geglu can be fused, so it must be 0");
   QMOE_REQUIRE(a.swiglu_fusion == 0 || !has_fc3, "swiglu_fusion is ", a.swiglu_fusion,
                ", which says that fc1 holds gates and ups, but fc3_experts_weights is given too; "
-               "leave fc3 out or set "
-               "swiglu_fusion=0");
+               "leave fc3 out or set swiglu_fusion=0");
   if (has_fc3)
     return {IsGated(type) ? PlanGated(a, type) : PlanClassicGating(a.activation_type),
             RowOrder::kTwoMatrices, 1};
@@ -123,9 +121,8 @@ int64_t BlockSize(const QMoeAttributes& a, const Tensors& inputs, bool has_fc3) 
   return block_size;
 }
 
-/// Sizes of a node and what they make of its weights' shapes.
 struct Sizes {
-  int64_t experts, hidden, inter;
+  int64_t experts, hidden, inter;  // E, H, I
 };
 
 std::vector<int64_t> RawShape(const Sizes& s, int64_t n, int64_t k, int bits) {
@@ -149,14 +146,14 @@ Sizes FindSizes(const Tensors& inputs, int64_t rows_per_unit) {
   return {fc1[0], fc2[1], fc1[1] / rows_per_unit};
 }
 
-/// Refuses weights that are not raw. `matrices` = {weights, rows N, columns K, bits} of each
-/// projection.
+/// The weights of one projection.
 struct Matrix {
-  size_t input;
-  int64_t n, k;
+  size_t input;  // a QMoeInput
+  int64_t n, k;  // rows and columns
   int bits;
 };
 
+/// Refuses weights that are not raw.
 void CheckLayout(const QMoeAttributes& a, const Tensors& inputs, const Sizes& sizes,
                  const std::vector<Matrix>& matrices, std::string& warning) {
   QMOE_REQUIRE(a.weights_prepacked >= -1 && a.weights_prepacked <= 1, "weights_prepacked is ",
@@ -185,10 +182,8 @@ void CheckLayout(const QMoeAttributes& a, const Tensors& inputs, const Sizes& si
   if (a.weights_prepacked == -1 && prepacked) {
     warning =
         "the node does not say whether its weights are raw or prepacked, and both have the same "
-        "shapes; they are "
-        "read as raw. Write weights_prepacked=0 if that is right; if the model was exported for "
-        "CUDA, export it "
-        "again with qmoe_weights_prepacked=0";
+        "shapes; they are read as raw. Write weights_prepacked=0 if that is right; if the model "
+        "was exported for CUDA, export it again with qmoe_weights_prepacked=0";
   }
 }
 

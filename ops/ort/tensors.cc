@@ -34,8 +34,7 @@ void CheckType(const TensorView& tensor, const std::string& input) {
   QMOE_REQUIRE(SizeOf(tensor.dtype) > 0, input, " has element type ",
                TypeName(int32_t(tensor.dtype)),
                "; allowed are uint8 for weights and zero points, int32 for g_idx, and float32, "
-               "float16 or bfloat16 "
-               "for scales, biases and typed zero points");
+               "float16 or bfloat16 for scales, biases and typed zero points");
 }
 
 void CheckSize(const TensorView& tensor, size_t bytes, const std::string& input) {

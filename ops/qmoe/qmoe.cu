@@ -59,9 +59,8 @@ class CudaQMoe final : public QMoe {
            const RowReader& fc2)
       : device_(device),
         config_(config),
-        fc1_(device, Problem(GemmStage::kFc1, config, fc1), config.topk, config.activation, fc1),
-        fc2_(device, Problem(GemmStage::kFc2, config, fc2), config.topk,
-             {.type = Activation::kIdentity}, fc2) {
+        fc1_(device, Problem(GemmStage::kFc1, config, fc1), config.activation, fc1),
+        fc2_(device, Problem(GemmStage::kFc2, config, fc2), {.type = Activation::kIdentity}, fc2) {
     const DeviceScope scope(device.index);
     PrepareRoute();
     PreparePermute();
@@ -72,10 +71,9 @@ class CudaQMoe final : public QMoe {
   }
 
   size_t WorkspaceBytes(int64_t tokens) const override {
-    // The last chunk has fewer rows, but may use smaller row tiles and so need a longer list of
-    // them.
-    return std::max(ChunkBytes(std::min(tokens, chunk_tokens_)),
-                    ChunkBytes(tokens % chunk_tokens_));
+    if (tokens <= chunk_tokens_) return ChunkBytes(tokens);
+    // The last chunk has fewer rows, but may use smaller row tiles and so need a longer list.
+    return std::max(ChunkBytes(chunk_tokens_), ChunkBytes(tokens % chunk_tokens_));
   }
 
   std::vector<PackedHeader> Packed() const override { return {fc1_.header(), fc2_.header()}; }
@@ -162,7 +160,7 @@ class CudaQMoe final : public QMoe {
                    .fc2 = {b.fc2.tile_rows, b.fc2_tiles, b.fc2_tile_count}},
                   stream);
 
-    GemmArgs fc1 = fc1_.Args(b.fc1);
+    CudaGemmArgs fc1 = fc1_.Args(b.fc1);
     fc1.x = static_cast<const char*>(tensors.input) + first * row_bytes;
     fc1.x_stride = config_.hidden_size;
     fc1.x_rows = b.row_token;
@@ -172,7 +170,7 @@ class CudaQMoe final : public QMoe {
     fc1.y_stride = config_.inter_size;
     b.fc1.gemm->launch(fc1, stream);
 
-    GemmArgs fc2 = fc2_.Args(b.fc2);
+    CudaGemmArgs fc2 = fc2_.Args(b.fc2);
     fc2.x = b.hidden;
     fc2.x_stride = config_.inter_size;
     fc2.tiles = b.fc2_tiles, fc2.tile_count = b.fc2_tile_count, fc2.max_tiles = b.fc2_max_tiles;

@@ -60,7 +60,7 @@ def dequantize(
     scales: npt.NDArray[np.float32],
     zero_points: npt.NDArray[np.float32] | None,
     format: str,
-    block_size: int,
     k: int,
+    block_size: int,
 ) -> npt.NDArray[np.float32]:
     """Decodes packed rows to [R, K]."""

@@ -60,14 +60,24 @@ class Projection:
     zero_points: Array | None = None
     bias: Array | None = None
 
+    def expert(self, index: int) -> Projection:
+        """The same with one expert only."""
+        one = slice(index, index + 1)
+        return Projection(
+            self.codes[one],
+            self.scales[one],
+            None if self.zero_points is None else self.zero_points[one],
+            None if self.bias is None else self.bias[one],
+        )
+
 
 def expand_zero_points(
-    zero_points: Array | None, fmt: formats.Format, scales_shape: tuple[int, ...], block_size: int
+    zero_points: Array, fmt: formats.Format, scales_shape: tuple[int, ...], block_size: int
 ) -> Float64:
     """One zero point a block, float64 [..., N, G].
 
     Args:
-        zero_points: None (the format's default), or one of
+        zero_points: One of
             uint8 [..., N, ceil(G * bits / 8)], packed along the blocks of a row;
             uint8 [..., ceil(N * bits / 8)], packed along the rows, per channel only;
             uint8 or any float type [..., N, G], one value a block. Float zero points may have a
@@ -76,8 +86,6 @@ def expand_zero_points(
         scales_shape: (..., N, G).
         block_size: 0 = per channel.
     """
-    if zero_points is None:
-        return np.full(scales_shape, fmt.default_zero_point, dtype=np.float64)
     *lead, n, groups = scales_shape
     packed = (*lead, n, -(-groups * fmt.bits // 8))
     across_rows = (*lead, -(-n * fmt.bits // 8))
@@ -107,7 +115,9 @@ def dequantize_projection(
     experts, n = projection.codes.shape[:2]
     shape = (experts, n, fmt.groups(k, block_size))
     scales = projection.scales.reshape(shape).astype(np.float64)
-    zero_points = expand_zero_points(projection.zero_points, fmt, shape, block_size)
+    zero_points = None
+    if projection.zero_points is not None:
+        zero_points = expand_zero_points(projection.zero_points, fmt, shape, block_size)
     # Per channel, the one block is as long as the row.
     return fmt.dequantize(projection.codes, scales, zero_points, k=k, block_size=block_size or k)
 
@@ -138,14 +148,14 @@ def route(
         k: Experts a token.
         normalize: Attribute normalize_routing_weights.
         router_weights: None or [T, E].
-        use_sparse_mixer: Route as `route_sparse_mixer` says; k must be 2, and the other arguments
-            play no role.
+        use_sparse_mixer: The factors are those of `route_sparse_mixer`, never normalised, unless
+            there are router_weights. k must be 2.
 
     Returns:
         expert_ids int64 [T, k] in order of falling logits, factors float64 [T, k].
     """
     logits = router_probs.astype(np.float64)
-    if use_sparse_mixer:
+    if use_sparse_mixer and router_weights is None:
         return route_sparse_mixer(logits)
     expert_ids = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
     source = softmax(logits) if router_weights is None else router_weights.astype(np.float64)
@@ -281,6 +291,13 @@ def activate(
     raise ValueError(f"activation_type '{activation}' is not known")
 
 
+def projection_format(attributes: Mapping[str, Any], name: str) -> formats.Format:
+    """The weight format of a QMoE node's projection "fc1", "fc2" or "fc3"."""
+    attrs = {**QMOE_DEFAULTS, **attributes}
+    bits = attrs.get(f"{name}_expert_weight_bits", attrs["expert_weight_bits"])
+    return formats.for_attributes(attrs["quant_type"], bits)
+
+
 def qmoe(
     x: Array,
     router_probs: Array,
@@ -313,19 +330,12 @@ def qmoe(
     tokens = x.reshape(-1, hidden).astype(np.float64)
     experts = fc1.codes.shape[0]
 
-    def weights(name: str, projection: Projection, columns: int) -> Float64:
-        bits = attrs.get(f"{name}_expert_weight_bits", attrs["expert_weight_bits"])
-        fmt = formats.for_attributes(attrs["quant_type"], bits)
-        return dequantize_projection(projection, fmt, columns, attrs["block_size"])
-
-    def linear(inputs: Float64, matrix: Float64, bias: Array | None, expert: int) -> Float64:
-        product = inputs @ matrix[expert].T
-        return np.asarray(product if bias is None else product + bias[expert].astype(np.float64))
-
-    gated_in_one = attrs["activation_type"] in GATED_ACTIVATIONS and fc3 is None
-    inter = fc1.codes.shape[1] // (2 if gated_in_one else 1)
-    w1, w2 = weights("fc1", fc1, hidden), weights("fc2", fc2, inter)
-    w3 = None if fc3 is None else weights("fc3", fc3, hidden)
+    def linear(name: str, projection: Projection, inputs: Float64, expert: int) -> Float64:
+        part = projection.expert(expert)
+        fmt = projection_format(attrs, name)
+        weights = dequantize_projection(part, fmt, inputs.shape[-1], attrs["block_size"])
+        product = inputs @ weights[0].T
+        return np.asarray(product if part.bias is None else product + part.bias.astype(np.float64))
 
     expert_ids, factors = route(
         router_probs.reshape(-1, experts),
@@ -337,19 +347,16 @@ def qmoe(
     result = np.zeros((len(tokens), hidden))
     for expert in np.unique(expert_ids):
         rows, slots = np.nonzero(expert_ids == expert)
-        up = None
-        if fc3 is not None and w3 is not None:
-            up = linear(tokens[rows], w3, fc3.bias, expert)
         activated = activate(
-            linear(tokens[rows], w1, fc1.bias, expert),
+            linear("fc1", fc1, tokens[rows], expert),
             attrs["activation_type"],
-            fc3=up,
+            fc3=None if fc3 is None else linear("fc3", fc3, tokens[rows], expert),
             swiglu_fusion=attrs["swiglu_fusion"],
             alpha=attrs["activation_alpha"],
             beta=attrs["activation_beta"],
             limit=attrs["swiglu_limit"],
         )
-        result[rows] += factors[rows, slots, None] * linear(activated, w2, fc2.bias, expert)
+        result[rows] += factors[rows, slots, None] * linear("fc2", fc2, activated, expert)
     return result.reshape(x.shape)
 
 
@@ -382,9 +389,9 @@ def matmul_nbits_weights(
     groups = fmt.groups(k, block_size)
     codes = formats.unpack(b.reshape(n, -1), bits, k)
     scale = scales.reshape(n, groups).astype(np.float64)
+    zero = np.full((n, groups), fmt.default_zero_point)
     if zero_points is not None:
-        zero_points = zero_points.reshape(n, -1)
-    zero = expand_zero_points(zero_points, fmt, (n, groups), block_size)
+        zero = expand_zero_points(zero_points.reshape(n, -1), fmt, (n, groups), block_size)
     block_of = np.arange(k) // block_size if g_idx is None else g_idx.reshape(-1)[:k]
     return np.asarray((fmt.values[codes] - zero[:, block_of]) * scale[:, block_of])
 

@@ -78,9 +78,7 @@ def session(
     content, folder = _prepare(model, target, external_data_dir, options)
     _register(options)
     kwargs.setdefault("enable_fallback", 0)
-    # Threads that share options must not see each other's folder.
-    alone = _shared_options if sess_options is not None else contextlib.nullcontext()
-    with alone, _external_data_folder(options, folder):
+    with _external_data_folder(options, folder, ours=sess_options is None):
         try:
             made = onnxruntime.InferenceSession(
                 content, options, providers, provider_options, **kwargs
@@ -235,19 +233,24 @@ def _folder_entry(options: onnxruntime.SessionOptions) -> str:
 
 @contextlib.contextmanager
 def _external_data_folder(
-    options: onnxruntime.SessionOptions, folder: Path | None
+    options: onnxruntime.SessionOptions, folder: Path | None, *, ours: bool
 ) -> Iterator[None]:
     """Names the folder of external data for the session that is made meanwhile.
 
-    Afterwards the options are as before: left in place, the entry would make the next session that
-    is made with them read its weights from this folder, even if it is opened by its own path.
+    Options of the caller are afterwards as before: left in place, the entry would make the next
+    session that is made with them read its weights from this folder, even if it is opened by its
+    own path. For the same reason threads take turns.
     """
     if folder is None:
         yield
-        return
-    former = _folder_entry(options)
-    options.add_session_config_entry(_FOLDER_KEY, str(folder.resolve()))
-    try:
+    elif ours:
+        options.add_session_config_entry(_FOLDER_KEY, str(folder.resolve()))
         yield
-    finally:
-        options.add_session_config_entry(_FOLDER_KEY, former)
+    else:
+        with _shared_options:
+            former = _folder_entry(options)
+            options.add_session_config_entry(_FOLDER_KEY, str(folder.resolve()))
+            try:
+                yield
+            finally:
+                options.add_session_config_entry(_FOLDER_KEY, former)

@@ -52,7 +52,14 @@ struct RealType<R(Args...) noexcept> {
 #undef MEMBER
 #undef SLOT
 
-#define TYPE(name)
+template <class Ours, class Theirs>
+constexpr bool SameSizeIfEnum() {
+  if constexpr (std::is_enum_v<Ours>) return sizeof(Ours) == sizeof(Theirs);
+  return std::is_enum_v<Ours> == std::is_enum_v<Theirs>;
+}
+
+#define TYPE(name) \
+  static_assert(SameSizeIfEnum<ours::name, ::name>(), #name " is another kind of type");
 #define CONSTANT(name)                                                    \
   static_assert(static_cast<int>(ours::name) == static_cast<int>(::name), \
                 #name " has another value");

@@ -613,8 +613,7 @@ void TestRouting() {
   cpu::RouteToken(c, logits, weights, ids, f);
   EXPECT(f[3] == 1e-8f, "a sum under 1e-6 is not divided by: ", f[3]);
 
-  // Sparse mixer, by hand: 1.0, 0.99 and 0.985 are within 2 % of the best; 0.97 is not of 1.0, but
-  // is of the second best, 0.99 (0.0202 > 0.02: it is not either); 0.985 and 0.975 are.
+  // Sparse mixer, by hand: of the best, 1.0, only 0.985 is within 2 %; of the second, 0.985, 0.97 is.
   c = {};
   c.experts = 4;
   c.topk = 2;

@@ -76,6 +76,7 @@ def router_logits(
     few          -inf for all but one expert, so that others are chosen with probability 0
     log_sigmoid  log(sigmoid) for k experts and -10000 for the others (LFM2-MoE)
     far          so far apart that all probabilities but one underflow in float32
+    nan          NaN for a third of the experts; they come last (only with router_weights)
     """
     logits = rng.normal(0, 2, (tokens, experts))
     if kind == "ties":
@@ -92,6 +93,8 @@ def router_logits(
         logits = np.where(rank < keep, kept, rest)
     elif kind == "far":
         logits = rng.permuted(np.tile(-128.0 * np.arange(experts), (tokens, 1)), axis=-1)
+    elif kind == "nan":
+        logits[rng.random(logits.shape) < 1 / 3] = np.nan
     elif kind != "random":
         raise ValueError(f"unknown kind of router logits: {kind}")
     return logits

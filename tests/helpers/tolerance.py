@@ -18,9 +18,9 @@ at about five sigma, over some 10^7 elements:
     bfloat16  8e-3   u = 3.9e-3, likewise
 
 The CPU kernels, which round the result only, stay below 0.4 of this. onnxruntime's own tests allow
-0.1 on results of about unit size in all three types: at least four times as much. accuracy_level 4 allows int8
-activations, one scale a block: half a step of 1/127 of the block's largest element (about 3 sigma),
-so 1 % of the terms.
+0.1 on results of about unit size in all three types: at least four times as much. accuracy_level 4
+allows int8 activations, one scale a block: half a step of 1/127 of the block's largest element
+(about 3 sigma), so 1 % of the terms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from __future__ import annotations
 import numpy as np
 
 from helpers.cases import Case, Tensors, projections
-from qmoe_plugin import formats, reference
+from qmoe_plugin import reference
 
 TOLERANCE = {"float32": 5e-6, "float16": 1e-3, "bfloat16": 8e-3}
 # Near zero a type's steps no longer shrink: some of its smallest numbers are always allowed.
@@ -69,24 +69,9 @@ def _walk(errors: np.ndarray, weights: np.ndarray, bias: np.ndarray | None) -> n
 
 def qmoe_error_scale(tensors: Tensors, attributes: dict) -> np.ndarray:
     attrs = {**reference.QMOE_DEFAULTS, **attributes}
-    bits = attrs["expert_weight_bits"]
-    formats_of = {
-        name: formats.for_attributes(
-            attrs["quant_type"], attrs.get(f"{name}_expert_weight_bits", bits)
-        )
-        for name in ("fc1", "fc2", "fc3")
-    }
     parts = projections(tensors)
     x = tensors["input"].reshape(-1, tensors["input"].shape[-1]).astype(np.float64)
     experts = parts["fc1"].codes.shape[0]
-    inter = parts["fc2"].codes.shape[-1] * formats_of["fc2"].codes_per_byte
-    columns = {"fc1": x.shape[1], "fc2": inter, "fc3": x.shape[1]}
-    weights = {
-        name: reference.dequantize_projection(
-            part, formats_of[name], columns[name], attrs["block_size"]
-        )
-        for name, part in parts.items()
-    }
     router_weights = tensors.get("router_weights")
     expert_ids, factors = reference.route(
         tensors["router_probs"].reshape(-1, experts),
@@ -97,10 +82,13 @@ def qmoe_error_scale(tensors: Tensors, attributes: dict) -> np.ndarray:
     )
 
     def linear(name: str, inputs: np.ndarray, errors: np.ndarray, expert: int) -> tuple:
-        bias = None if parts[name].bias is None else parts[name].bias[expert]
-        matrix = weights[name][expert]
-        value = inputs @ matrix.T + (0.0 if bias is None else bias.astype(np.float64))
-        return value, _walk(errors, matrix, bias)
+        part = parts[name].expert(expert)
+        fmt = reference.projection_format(attrs, name)
+        matrix = reference.dequantize_projection(part, fmt, inputs.shape[-1], attrs["block_size"])[
+            0
+        ]
+        value = inputs @ matrix.T + (0.0 if part.bias is None else part.bias.astype(np.float64))
+        return value, _walk(errors, matrix, part.bias)
 
     result, squares = np.zeros_like(x), np.zeros_like(x)
     for expert in np.unique(expert_ids):

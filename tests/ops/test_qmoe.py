@@ -165,6 +165,22 @@ def test_router_weights_may_have_another_type_than_router_probs(device: str) -> 
     check(case, tensors, run(open_session(case.model(tensors), device), feeds_of(tensors)))
 
 
+def test_nan_logits_come_last(device: str) -> None:
+    for experts, k, tokens in ((8, 3, 30), (8, 8, 5), (60, 10, 4), (160, 6, 3)):
+        verify(
+            Case(
+                hidden=32,
+                inter=32,
+                experts=experts,
+                k=k,
+                tokens=tokens,
+                router="nan",
+                router_weights=True,
+            ),
+            device,
+        )
+
+
 @pytest.mark.parametrize("weight", [0.0, 3e-8, 1e-3, -0.5])
 def test_normalising_tiny_and_negative_sums(weight: float, device: str) -> None:
     """A sum of at most 1e-6 is not divided by."""
@@ -196,6 +212,15 @@ def test_sparse_mixer(experts: int, router_dtype: str, device: str) -> None:
             near = np.random.default_rng(experts).choice([1.0, 0.99, 0.97, 0.5, -1.0], logits.shape)
             tensors["router_probs"] = (top * near).astype(tensors["router_probs"].dtype)
         check(case, tensors, run(open_session(case.model(tensors), device), feeds_of(tensors)))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_sparse_mixer_with_router_weights(normalize: bool, device: str) -> None:
+    """The router weights are the factors, as without the mixer."""
+    verify(
+        Case(sparse_mixer=True, router_weights=True, normalize=normalize, experts=8, tokens=20),
+        device,
+    )
 
 
 FUSIONS = [
@@ -351,10 +376,10 @@ def test_options(case: QMoECase, dtype: str, device: str) -> None:
 
 
 REAL_LAYERS = [  # with fewer experts: what a token goes through is of full size
-    Case(hidden=2880, inter=2880, experts=6, k=4, alpha=1.702, beta=1.0, limit=7.0),  # gpt-oss
-    Case(hidden=2048, inter=768, experts=10, k=8, bias=False),  # Qwen3-30B-A3B
-    Case("int8", hidden=2048, inter=512, experts=10, k=8, bias=False),  # Qwen3.6-35B-A3B
-    Case(hidden=2816, inter=704, experts=9, k=8, block_size=64, activation="geglu"),  # Gemma 4
+    Case(hidden=2880, inter=2880, experts=4, k=2, alpha=1.702, beta=1.0, limit=7.0),  # gpt-oss
+    Case(hidden=2048, inter=768, experts=6, k=5, bias=False),  # Qwen3-30B-A3B
+    Case("int8", hidden=2048, inter=512, experts=6, k=5, bias=False),  # Qwen3.6-35B-A3B
+    Case(hidden=2816, inter=704, experts=5, k=4, block_size=64, activation="geglu"),  # Gemma 4
 ]
 
 

@@ -155,6 +155,18 @@ class TestSparseMixer:
         # Second: top -1.02, and -1.03 has 0.01 / 1.03 = 0.0097.
         close(factors, [[1 / (1 + math.exp(-0.02)), 1 / (1 + math.exp(-0.01))]])
 
+    def test_router_weights_win(self) -> None:
+        # The choice is the same with and without the mixer; the factors are the router weights.
+        ids, factors = reference.route(
+            np.array([[4.0, 1.0, 2.0]]),
+            2,
+            normalize=True,
+            router_weights=np.array([[3.0, 9.0, 1.0]]),
+            use_sparse_mixer=True,
+        )
+        assert ids.tolist() == [[0, 2]]
+        close(factors, [[0.75, 0.25]])
+
     def test_all_equal(self) -> None:
         ids, factors = reference.route_sparse_mixer(np.zeros((1, 4)))
         assert ids.tolist() == [[0, 1]]

@@ -132,7 +132,7 @@ def compare(model):
         assert complaint, report.kept[0].reason
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_qmoe(data):
     case = data.draw(QMOE_CASES)
@@ -142,7 +142,7 @@ def test_qmoe(data):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_matmul_nbits(data):
     case = data.draw(MATMUL_CASES)

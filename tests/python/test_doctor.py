@@ -5,7 +5,7 @@ from importlib import metadata
 import pytest
 
 from qmoe_plugin import doctor, env, library, smoke, wheels
-from qmoe_plugin.devices import CPU
+from qmoe_plugin.devices import CPU, best_target
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -73,3 +73,12 @@ def test_two_packages_of_onnxruntime_are_found(monkeypatch):
 def test_smoke_cases_pass(dtype):
     for case in smoke.cases(dtype):
         assert smoke.run(case, CPU) <= smoke.TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+def test_a_healthy_gpu(cuda):
+    target = best_target()
+    checks = examine()
+    assert checks["CUDA"].status == "ok"
+    for op in library.OPS:
+        assert checks[f"{op} on {target}"].status == "ok"

@@ -144,20 +144,25 @@ def test_other_nodes_stay_out_of_it():
     assert len(report.moved) == 1
 
 
-def test_an_op_that_the_model_defines_itself_is_left_alone():
-    model = stock_model()
-    model.functions.append(
-        helper.make_function(
-            STOCK,
-            "QMoE",
-            ["x"],
-            ["y"],
-            [helper.make_node("Identity", ["x"], ["y"])],
-            [helper.make_opsetid("", 21)],
-        )
+def test_a_function_called_like_the_op_is_a_fallback_for_other_runtimes():
+    """As Mobius writes for DeepSeek; onnxruntime prefers its own op too."""
+    case = MatMulNBitsCase(bias=False)
+    tensors = case.tensors()
+    model = case.model(tensors, STOCK)
+    body = [helper.make_node("Neg", ["A"], ["y"])]
+    opsets = [helper.make_opsetid("", 21)]
+    attributes = ["K", "N", "block_size", "bits"]
+    function = helper.make_function(
+        STOCK, "MatMulNBits", ["A", "B", "scales"], ["y"], body, opsets, attributes
     )
-    report = qmoe_plugin.retarget(model, sm=0)
-    assert "defines this op itself" in report.kept[0].reason
+    model.functions.append(function)
+    stock = onnxruntime.InferenceSession(model.SerializeToString())
+    ours = qmoe_plugin.session(model, ["CPUExecutionProvider"])
+    for session in (stock, ours):
+        (output,) = session.run(None, {"A": tensors["A"]})
+        np.testing.assert_allclose(output, case.expected(tensors), atol=1e-3)
+    assert len(qmoe_plugin.retarget(model, sm=0).moved) == 1
+    assert model.functions[0] == function
 
 
 # --- subgraphs and functions ---------------------------------------------------------------------

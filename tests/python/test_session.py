@@ -335,3 +335,27 @@ def test_a_failure_is_not_hidden_by_a_fallback(capsys):
     with pytest.raises(Exception, match="scales must be finite"):
         qmoe_plugin.session(CASE.model(tensors, "com.microsoft"), CPU_ONLY)
     assert "Falling back" not in capsys.readouterr().out
+
+
+def test_providers_may_be_set_afterwards(path, tensors):
+    """onnxruntime then makes the session anew, from the options and bytes that it keeps."""
+    session = qmoe_plugin.session(path, CPU_ONLY)
+    session.set_providers(CPU_ONLY)
+    check(session, tensors)
+
+
+def test_nothing_is_printed(path, capfd):
+    qmoe_plugin.session(path, CPU_ONLY)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.gpu
+def test_cuda_is_picked_where_it_can_be_used(cuda, caplog):
+    case = QMoECase(dtype="float16", fusion=2)
+    tensors = case.tensors()
+    with caplog.at_level(logging.INFO, "qmoe_plugin"):
+        session = qmoe_plugin.session(case.model(tensors, "com.microsoft"))
+    assert session.get_providers()[0] == "CUDAExecutionProvider"
+    assert "moved 1 of 1 nodes to qmoe_plugin, for CUDA (sm_" in caplog.text
+    (output,) = session.run(None, feeds_of(tensors))
+    np.testing.assert_allclose(output, case.expected(tensors), atol=2e-2)

@@ -247,10 +247,13 @@ class Format:
         Returns:
             float64 [..., N, k].
         """
-        values = self.values[unpack(codes, self.bits, k)]
-        zeros = np.float64(self.default_zero_point) if zero_points is None else zero_points
-        centered = values - self._per_code(np.broadcast_to(zeros, scales.shape), k, block_size)
-        return centered * self._per_code(scales, k, block_size)
+        weights = self.values[unpack(codes, self.bits, k)]
+        if zero_points is None:
+            weights -= self.default_zero_point
+        else:
+            weights -= self._per_code(zero_points, k, block_size)
+        weights *= self._per_code(scales, k, block_size)
+        return weights
 
     def unpack_zero_points(self, zero_points: Array, scales_shape: tuple[int, ...]) -> Array:
         """One code a block, in the shape of the scales: [..., N, G], per channel [..., N]."""

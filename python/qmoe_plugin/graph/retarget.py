@@ -112,7 +112,6 @@ class ChangeDomain(ir.passes.InPlacePass):
         moved: list[NodeReport] = []
         kept: list[NodeReport] = []
         already = 0
-        defined = {(f.domain, f.name) for f in model.functions.values()}
         for body in bodies(model):
             before = len(moved)
             for node in body.nodes():
@@ -121,10 +120,7 @@ class ChangeDomain(ir.passes.InPlacePass):
                 already += node.domain == self.destination
                 if node.domain != self.source:
                     continue
-                if (node.domain, node.op_type) in defined:
-                    reason = "the model defines this op itself, as a function"
-                else:
-                    reason = self.check(node)
+                reason = self.check(node)
                 kernels = () if reason else self.move(node)
                 entry = NodeReport(label(node), node.op_type, body.function, reason, kernels)
                 (kept if reason else moved).append(entry)
@@ -149,17 +145,18 @@ class Retarget(ChangeDomain):
 
     A QMoE or MatMulNBits node of com.microsoft is moved to our domain if
 
-    1. its op is not redefined by a function of the model;
-    2. we know all its attributes, and their values are allowed;
-    3. its weights, scales, zero points and biases are constant: initializers, or Constant nodes;
-    4. their types and shapes fit together;
-    5. its weights are raw, that is, not in the order that stock CUDA kernels read. For QMoE this is
+    1. we know all its attributes, and their values are allowed;
+    2. its weights, scales, zero points and biases are constant: initializers, or Constant nodes;
+    3. their types and shapes fit together;
+    4. its weights are raw, that is, not in the order that stock CUDA kernels read. For QMoE this is
        found out from the shapes of all its projections, see `qmoe_plugin.graph.qmoe`;
-    6. there are kernels on the target that run it, for few tokens and for many.
+    5. there are kernels on the target that run it, for few tokens and for many.
 
-    What was decided in 5 is written to the moved node (weights_prepacked=0), and the former value
+    What was decided in 4 is written to the moved node (weights_prepacked=0), and the former value
     to its metadata. Nothing else of the node changes but its domain. Nodes in subgraphs and in the
-    model's functions are treated alike; each body gets the opset import it needs.
+    model's functions are treated alike; each body gets the opset import it needs. A function of the
+    model that is called like one of the ops (Mobius writes such) is a fallback for other runtimes:
+    ONNX Runtime prefers its own op, and so do we.
     """
 
     source = STOCK_DOMAIN

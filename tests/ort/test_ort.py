@@ -1,12 +1,13 @@
-"""The ops in sessions: inferred shapes, many threads, two runtimes, mapped weights, logs."""
+"""What only ops/ort/ does: inferred shapes, weights from anywhere, mapped files, two runtimes, log.
+
+That sessions stand threads, each other and bad input is tested in tests/ops.
+"""
 
 from __future__ import annotations
 
-import gc
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,8 @@ def test_weights_in_constant_nodes(case: Case) -> None:
 @each_case
 def test_node_in_a_subgraph(case: Case) -> None:
     """The node lies in both branches of an If, its weights outside."""
+    if ort.__version__.startswith("1.24."):
+        pytest.skip("onnxruntime 1.24 does not call initializers outside of a subgraph constant")
     tensors = case.tensors()
     model = case.model(tensors)
     branches = []
@@ -130,69 +133,16 @@ def test_node_in_a_subgraph(case: Case) -> None:
 
 
 @each_case
-@pytest.mark.parametrize("level", ["DISABLE_ALL", "ENABLE_ALL"])
-def test_session_options(case: Case, level: str, tmp_path: Path) -> None:
-    """No arena, no memory pattern, no prepacking; a saved optimized model that loads again."""
+def test_saved_optimized_model(case: Case, tmp_path: Path) -> None:
     tensors = case.tensors()
-    options = session_options(threads=2)
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{level}")
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    options = session_options()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     first = run(open_session(case.model(tensors), options=options), feeds_of(tensors))
-    check(case, tensors, first)
     again = run(open_session(tmp_path / "optimized.onnx"), feeds_of(tensors))
     assert again.tobytes() == first.tobytes()
 
 
-# --- many runs, many sessions ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op_type", ["QMoE", "MatMulNBits"])
-def test_concurrent_runs(op_type: str, dtype: str) -> None:
-    """Threads that share a session get the bits that one alone gets, whatever the others run."""
-    cases: list[Case] = [
-        QMoECase(dtype=dtype, tokens=t) if op_type == "QMoE" else MatMulNBitsCase(dtype=dtype, m=t)
-        for t in (1, 2, 7, 40)
-    ]
-    tensors = cases[0].tensors()
-    session = open_session(cases[0].model(tensors), threads=2)
-    feeds = [feeds_of(case.tensors()) for case in cases]
-    expected = [run(session, feed).tobytes() for feed in feeds]
-
-    def work(seed: int) -> int:
-        order = np.random.default_rng(seed).integers(0, len(feeds), 50)
-        return sum(run(session, feeds[i]).tobytes() != expected[i] for i in order)
-
-    with ThreadPoolExecutor(4) as pool:
-        assert sum(pool.map(work, range(8))) == 0
-
-
-@each_case
-def test_sessions_come_and_go(case: Case) -> None:
-    """ONNX Runtime closes the library with its last session; the next one must work as well."""
-    tensors = case.tensors()
-    model = case.model(tensors)
-    results = set()
-    for _ in range(4):
-        sessions = [open_session(model) for _ in range(3)]
-        results |= {run(session, feeds_of(tensors)).tobytes() for session in sessions}
-        del sessions
-        gc.collect()
-    assert len(results) == 1
-
-
-def test_sessions_made_by_threads() -> None:
-    case = QMoECase()
-    tensors = case.tensors()
-    model = case.model(tensors).SerializeToString()
-    with ThreadPoolExecutor(4) as pool:
-        results = pool.map(
-            lambda _: run(open_session(model), feeds_of(tensors)).tobytes(), range(16)
-        )
-        assert len(set(results)) == 1
+# --- two copies of ONNX Runtime in one process ----------------------------------------------------
 
 
 @each_case
