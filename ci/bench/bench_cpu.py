@@ -33,8 +33,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-import qmoe_plugin
 from onnx import TensorProto, helper
+
+import qmoe_plugin
 from qmoe_plugin import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,9 +99,11 @@ class Weights:
         rng = np.random.default_rng(0)
         spread = 2.7 if case.bits == 4 else 40.0
         middle = 1 << (case.bits - 1)
-        codes = rng.normal(middle, spread, POOL_SIZE * 8 // case.bits)
-        codes = np.clip(np.rint(codes), 0, 2 * middle - 1).astype(np.uint8)
-        self._pool = codes if case.bits == 8 else codes[0::2] | codes[1::2] << 4
+        numbers = rng.normal(middle, spread, POOL_SIZE * 8 // case.bits)
+        codes = np.clip(np.rint(numbers), 0, 2 * middle - 1).astype(np.uint8)
+        self._pool: np.ndarray[Any, np.dtype[np.uint8]] = codes
+        if case.bits == 4:
+            self._pool = codes[0::2] | (codes[1::2] << np.uint8(4))
         self._rng = rng
         with self.path.open("wb") as file:
             self._file = file
@@ -131,7 +134,7 @@ class Weights:
         offset, total = self._align(), int(np.prod(shape))
         for start in range(0, total, POOL_SIZE // 2):
             first = int(self._rng.integers(POOL_SIZE // 2))
-            self._file.write(self._pool[first : first + min(POOL_SIZE // 2, total - start)])
+            self._file.write(self._pool[first : first + min(POOL_SIZE // 2, total - start)].data)
         self._file.flush()
         self._register(name, shape, np.dtype(np.uint8), TensorProto.UINT8, offset)
 
@@ -198,7 +201,9 @@ def make_model(case: Case, weights: Weights, domain: str, accuracy_level: int, p
     float_type = TensorProto.FLOAT
     inputs = [helper.make_tensor_value_info("x", float_type, ["T", case.hidden])]
     if case.experts:
-        inputs.append(helper.make_tensor_value_info("router_probs", float_type, ["T", case.experts]))
+        inputs.append(
+            helper.make_tensor_value_info("router_probs", float_type, ["T", case.experts])
+        )
         names = ["x", "router_probs"]
         for stage in ("fc1", "fc2"):
             names += [f"{stage}_codes", f"{stage}_scales", given(f"{stage}_bias")]
@@ -362,7 +367,9 @@ def main() -> None:
         args.budget = 1.0 if args.quick else 6.0
 
     ort.set_global_thread_pool_sizes(args.threads, 1)
-    cases = [c for c in CASES[: QUICK_CASES if args.quick else None] if re.search(args.cases, c.name)]
+    cases = [
+        c for c in CASES[: QUICK_CASES if args.quick else None] if re.search(args.cases, c.name)
+    ]
     cpu = cpu_name()
     result = {
         "machine": cpu,

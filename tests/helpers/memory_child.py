@@ -18,6 +18,8 @@ import sys
 import threading
 from pathlib import Path
 
+import onnx
+
 from helpers.cases import QMoECase, feeds_of
 from helpers.gpu import Driver
 from helpers.run import open_session, run
@@ -49,6 +51,17 @@ class Peak:
         self._thread.join()
 
 
+def device_bytes(driver: Driver, model: onnx.ModelProto | str) -> int:
+    """GPU memory of a session; the median of five, as other processes may use the GPU too."""
+    costs = []
+    for _ in range(5):
+        before = driver.used_bytes()
+        session = open_session(model, "cuda")
+        costs.append(driver.used_bytes() - before)
+        del session
+    return statistics.median_low(costs)
+
+
 def main(path: str, device: str) -> None:
     # A small session first: libraries, CUDA's context, thread pools and arenas are not what is
     # measured.
@@ -59,23 +72,19 @@ def main(path: str, device: str) -> None:
 
     driver = Driver() if device == "cuda" else None
     before = host_memory()
-    cost, on_device = {}, []
-    for first_round in (True, False, False, False, False):
-        device_before = driver.used_bytes() if driver else 0
-        with Peak() as peak:
-            session = open_session(path, device)
-        after = host_memory()
-        on_device.append((driver.used_bytes() if driver else 0) - device_before)
-        if first_round:
-            files = {when: m["Rss"] - m["Anonymous"] for when, m in (("b", before), ("a", after))}
-            cost = {
-                "host_anonymous": after["Anonymous"] - before["Anonymous"],
-                "host_anonymous_peak": max(peak.value, after["Anonymous"]) - before["Anonymous"],
-                "host_file": files["a"] - files["b"],
-            }
-        del session
+    cost = {}
+    with Peak() as peak:
+        session = open_session(path, device)
+    after = host_memory()
+    cost["host_anonymous"] = after["Anonymous"] - before["Anonymous"]
+    cost["host_anonymous_peak"] = max(peak.value, after["Anonymous"]) - before["Anonymous"]
+    cost["host_file"] = (after["Rss"] - after["Anonymous"]) - (before["Rss"] - before["Anonymous"])
+    del session
     cost["host_left"] = host_memory()["Anonymous"] - before["Anonymous"]
-    cost["device"] = statistics.median(on_device)
+    cost["device"] = 0
+    if driver:
+        empty = device_bytes(driver, small.model(tensors))
+        cost["device"] = device_bytes(driver, path) - empty
     print(json.dumps(cost))
 
 

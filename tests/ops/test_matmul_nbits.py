@@ -35,7 +35,7 @@ def test_block_sizes(format_name: str, block_size: int, dtype: str, device: str)
         verify(Case(format_name, block_size, dtype, k=k), device)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 17, 64, 130])
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 17, 64, 130, 1000])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_rows(format_name: str, dtype: str, m: int, device: str) -> None:

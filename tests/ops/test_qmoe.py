@@ -89,7 +89,7 @@ def test_sizes(
         )
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 33, 200])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 33, 200, 1000])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_tokens(format_name: str, dtype: str, tokens: int, device: str) -> None:
