@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -41,8 +42,9 @@ def main() -> None:
         "onnxruntime": onnxruntime.__version__,
         "providers": onnxruntime.get_available_providers(),
         "qmoe_plugin": qmoe_plugin.__version__,
-        "commit": output("git", "rev-parse", "HEAD") or "unknown",
+        "commit": os.environ.get("QMOE_PLUGIN_COMMIT") or output("git", "rev-parse", "HEAD"),
         "tests": counts(folder / "tests.xml"),
+        "memory": counts(folder / "memory.xml"),
     }
     for tool in ("memcheck", "racecheck"):
         log = folder / f"{tool}.log"
