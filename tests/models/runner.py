@@ -1,6 +1,6 @@
 """Runs decoder models exported by onnxruntime-genai's builder or mobius through a plain session.
 
-Only numpy: what the states are called and how large they are is read from the session's inputs.
+What the states are called and how large they are is read from the session's inputs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 _TYPES = {
@@ -22,6 +23,7 @@ _TYPES = {
 # What the recipes in checkpoints.py say, and the exported inputs leave symbolic.
 HEAD_SIZE = 32
 SLIDING_WINDOW = 32
+_SLIDING_LENGTH = "past_sliding_length"
 
 
 class Decoder:
@@ -37,7 +39,7 @@ class Decoder:
             "batch": 1,
             "batch_size": 1,
             "kv_cache_dim": HEAD_SIZE,
-            "past_sliding_length": SLIDING_WINDOW,
+            _SLIDING_LENGTH: SLIDING_WINDOW,
         }
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
@@ -45,6 +47,12 @@ class Decoder:
             name: np.zeros(self._state_shape(value.shape), _TYPES[value.type])
             for name, value in self._inputs.items()
             if name.startswith("past")
+        }
+        # On the GPU, ONNX Runtime wants a sliding window's past and present in one buffer.
+        self._buffers = {
+            name: ort.OrtValue.ortvalue_from_numpy(self._states.pop(name), "cuda", 0)
+            for name, value in self._inputs.items()
+            if _SLIDING_LENGTH in value.shape and "CUDAExecutionProvider" in session.get_providers()
         }
         self.length = 0
 
@@ -65,13 +73,31 @@ class Decoder:
             elif name == "position_ids":
                 three = len(value.shape) == 3  # multimodal rotary positions: [3, batch, sequence]
                 feeds[name] = np.tile(positions, (3, 1, 1)) if three else positions
-            elif name not in feeds:
+            elif name not in feeds and name not in self._buffers:
                 raise ValueError(f"the model has an input {name!r} that this runner does not know")
-        results = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+        results = self._run(feeds)
         logits: NDArray[np.float32] = results.pop("logits")[0].astype(np.float32)
         self._states = {_past_name(name, self._states): value for name, value in results.items()}
         self.length = total
         return logits
+
+    def _run(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        """All outputs but those that are in a shared buffer."""
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        names = []
+        for name in self._outputs:
+            past = name if name == "logits" else _past_name(name, self._states | self._buffers)
+            if past in self._buffers:
+                binding.bind_ortvalue_input(past, self._buffers[past])
+                binding.bind_ortvalue_output(name, self._buffers[past])
+            else:
+                binding.bind_output(name)
+                names.append(name)
+        self._session.run_with_iobinding(binding)
+        outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        return {name: outputs[name].numpy() for name in names}
 
     def generate(self, prompt: list[int], count: int) -> tuple[list[int], NDArray[np.float32]]:
         """Greedy decoding.
