@@ -9,8 +9,9 @@ reads other experts each time. Reported are medians, and the error of one token 
 oracle (qmoe_plugin.reference), relative to the root mean square of its output.
 
 Writes ci/bench/results/cpu-<machine>.json and prints a table. `--quick` takes under a minute. The
-stock op runs at accuracy_level 0 unless told otherwise; ours is exact at every level. (Stock 8-bit
-QMoE with blocks rounds activations to int8 at every level, which its error column shows.)
+stock op runs at accuracy_level 0 unless told otherwise; ours is exact at every level. Stock 8-bit
+QMoE with blocks rounds activations to int8 at every level, as its error column shows; the cases
+called "stock exact" make it keep them (ORT_QMOE_CPU_QNBIT_GEMM=fp32), to compare like with like.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from qmoe_plugin import reference
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 STOCK_DOMAIN = "com.microsoft"
+STOCK_SWITCH = "ORT_QMOE_CPU_QNBIT_GEMM"
 POOL_SIZE = 1 << 24  # random codes that all weights are cut from, at random offsets
 
 
@@ -57,6 +59,7 @@ class Case:
     block_size: int = 32  # 0 = per channel
     bias: bool = False
     gpt_oss: bool = False  # alpha 1.702, beta 1, limit 7
+    stock_exact: bool = False  # make the stock QMoE keep float32 activations
 
     @property
     def op(self) -> str:
@@ -67,11 +70,13 @@ class Case:
         return 2.0 * tokens * matrices * self.hidden * self.inter
 
 
-def moe(name: str, bits: int, block_size: int) -> Case:
+def moe(name: str, bits: int, block_size: int, stock_exact: bool = False) -> Case:
     label = f"{name} int{bits} {f'b{block_size}' if block_size else 'per channel'}"
+    label += " (stock exact)" * stock_exact
+    exact = {"stock_exact": stock_exact}
     if name == "gpt-oss-20b":
-        return Case(label, 2880, 2880, 32, 4, bits, block_size, bias=True, gpt_oss=True)
-    return Case(label, 2048, 768, 128, 8, bits, block_size)
+        return Case(label, 2880, 2880, 32, 4, bits, block_size, bias=True, gpt_oss=True, **exact)
+    return Case(label, 2048, 768, 128, 8, bits, block_size, **exact)
 
 
 CASES = [
@@ -80,6 +85,8 @@ CASES = [
     Case("MatMulNBits int4 b32 4096x14336", 4096, 14336),
     moe("gpt-oss-20b", 8, 32),
     moe("Qwen3-30B-A3B", 8, 32),
+    moe("gpt-oss-20b", 8, 32, stock_exact=True),
+    moe("Qwen3-30B-A3B", 8, 32, stock_exact=True),
     moe("gpt-oss-20b", 4, 0),
     moe("Qwen3-30B-A3B", 4, 0),
     Case("MatMulNBits int8 b32 4096x14336", 4096, 14336, bits=8),
@@ -304,7 +311,11 @@ def run_case(case: Case, args: argparse.Namespace, report: Callable[[str], None]
         weights = Weights(case, folder)
         for domain in (STOCK_DOMAIN, qmoe_plugin.DOMAIN):
             make_model(case, weights, domain, args.accuracy_level, folder / f"{domain}.onnx")
+        if case.stock_exact:
+            os.environ[STOCK_SWITCH] = "fp32"
         stock, stock_load = open_session(folder / f"{STOCK_DOMAIN}.onnx", ours=False)
+        if case.stock_exact:
+            del os.environ[STOCK_SWITCH]
         ours, ours_load = open_session(folder / f"{qmoe_plugin.DOMAIN}.onnx", ours=True)
         cells = []
         for tokens in args.tokens:
@@ -401,7 +412,8 @@ def main() -> None:
     result["cases"] = [run_case(case, args, lambda line: print(line, flush=True)) for case in cases]
     result["load_average_after"] = os.getloadavg()[0]
     slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu} {args.threads}t".lower()).strip("-")
-    output = args.output or RESULTS / f"cpu-{slug}{'-quick' if args.quick else ''}.json"
+    suffix = "-quick" * args.quick + "-cpu-time" * args.cpu_time
+    output = args.output or RESULTS / f"cpu-{slug}{suffix}.json"
     if str(output) != "-":
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n")

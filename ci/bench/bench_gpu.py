@@ -70,7 +70,7 @@ class Case:
         return weights * (self.bits / 8 + 2 / self.block_size)
 
     def floor_us(self, tokens: int, bandwidth: float, rate: float) -> float:
-        """Least time of one node, under uniform routing, at so many bytes and operations a second."""
+        """Least time of a node under uniform routing, at so many bytes and operations a second."""
         distinct, rows = 1.0, float(tokens)
         if self.experts:
             distinct = self.experts * (1 - (1 - self.topk / self.experts) ** tokens)

@@ -31,29 +31,46 @@ class CpuMatMulNBits : public MatMulNBits {
                          .accuracy_level = config.accuracy_level}) {}
 
   size_t WorkspaceBytes(int64_t m) const override {
-    return size_t(std::min(m, kChunkRows) * matrix_.ldx()) * sizeof(float);
+    return ReadsInPlace() ? 0 : size_t(std::min(m, kChunkRows) * RowStride()) * sizeof(float);
   }
 
   PackedHeader Packed() const override { return matrix_.header(); }
 
   void Run(const MatMulTensors& tensors, const ExecutionContext& context) const override {
-    const int64_t a_row = config_.k * ElementSize(), y_row = config_.n * ElementSize();
+    if (ReadsInPlace()) {
+      const float* a = static_cast<const float*>(tensors.a);
+      return Multiply({a, config_.k, nullptr, tensors.m}, tensors.y, context);
+    }
+    float* const x = static_cast<float*>(context.workspace);
     for (int64_t first = 0; first < tensors.m; first += kChunkRows) {
       const int64_t rows = std::min(kChunkRows, tensors.m - first);
-      const uint8_t* a = static_cast<const uint8_t*>(tensors.a) + first * a_row;
-      float* const x = static_cast<float*>(context.workspace);
-      const int64_t loads = (rows + kLoadRows - 1) / kLoadRows;
-      cpu::RunTasks(context, loads, [&](size_t i) {
-        const int64_t last = std::min(rows, int64_t(i + 1) * kLoadRows);
-        for (int64_t r = int64_t(i) * kLoadRows; r < last; ++r)
-          LoadRow(a + r * a_row, x + r * matrix_.ldx());
-      });
-      Multiply(x, rows, static_cast<uint8_t*>(tensors.y) + first * y_row, context);
+      LoadRows(At(tensors.a, first, config_.k), rows, x, context);
+      Multiply({x, RowStride(), nullptr, rows}, At(tensors.y, first, config_.n), context);
     }
   }
 
  private:
-  int64_t ElementSize() const { return int64_t(SizeOf(config_.dtype)); }
+  /// Row `row` of A or Y.
+  template <class Void>
+  Void* At(Void* data, int64_t row, int64_t columns) const {
+    return cpu::Advance(data, row * columns * int64_t(SizeOf(config_.dtype)));
+  }
+
+  /// Whether the kernel can read A as it is.
+  bool ReadsInPlace() const {
+    return config_.dtype == DType::kFloat32 && k_order_.empty() &&
+           config_.k == matrix_.k_padded() && cpu::FitsCache(config_.k);
+  }
+
+  int64_t RowStride() const { return cpu::RowStride(matrix_.k_padded()); }
+
+  void LoadRows(const void* a, int64_t rows, float* x, const ExecutionContext& context) const {
+    cpu::RunTasks(context, (rows + kLoadRows - 1) / kLoadRows, [&](size_t i) {
+      const int64_t last = std::min(rows, int64_t(i + 1) * kLoadRows);
+      for (int64_t r = int64_t(i) * kLoadRows; r < last; ++r)
+        LoadRow(At(a, r, config_.k), x + r * RowStride());
+    });
+  }
 
   /// One row of A as float32, in the order of the packed k and with zeros for its padding.
   void LoadRow(const void* a, float* x) const {
@@ -68,20 +85,20 @@ class CpuMatMulNBits : public MatMulNBits {
     std::fill(x + ordered, x + matrix_.k_padded(), 0.0f);
   }
 
-  void Multiply(const float* x, int64_t m, uint8_t* y, const ExecutionContext& context) const {
-    const int64_t blocks = (m + kTaskRows - 1) / kTaskRows;
+  void Multiply(const cpu::PackedMatrix::Rows& a, void* y, const ExecutionContext& context) const {
+    const int64_t blocks = (a.count + kTaskRows - 1) / kTaskRows;
     cpu::RunTasks(context, blocks * matrix_.tasks(), [&](size_t i) {
       // Neighbours share weights.
       const int64_t task = int64_t(i) / blocks, block = int64_t(i) % blocks;
-      const int64_t first = PartStart(m, blocks, block);
-      const int64_t rows = PartStart(m, blocks, block + 1) - first;
+      const int64_t first = PartStart(a.count, blocks, block);
+      const int64_t rows = PartStart(a.count, blocks, block + 1) - first;
       float sums[kTaskRows * kTaskColumns];
-      matrix_.Multiply(0, task, {x + first * matrix_.ldx(), nullptr, rows}, sums, kTaskColumns);
+      matrix_.Multiply(0, task, {a.x + first * a.ldx, a.ldx, nullptr, rows}, sums, kTaskColumns);
       const int64_t column = task * kTaskColumns;
       const int64_t columns = std::min(kTaskColumns, config_.n - column);
       for (int64_t r = 0; r < rows; ++r)
         matrix_.isa().from_float(sums + r * kTaskColumns, columns, config_.dtype,
-                                 y + ((first + r) * config_.n + column) * ElementSize());
+                                 At(At(y, first + r, config_.n), column, 1));
     });
   }
 

@@ -35,7 +35,7 @@ int64_t PackedMatrix::Multiply(int64_t expert, int64_t task, const Rows& rows, f
   args.block_size = weights_.header.block_size;
   args.table = kernel_->table;
   args.x = rows.x;
-  args.ldx = ldx();
+  args.ldx = rows.ldx;
   args.row_index = rows.index;
   args.rows = rows.count;
   args.y = y;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <type_traits>
 
 #include "ops/cpu/gemm.h"
 #include "ops/cpu/layout.h"
@@ -20,6 +21,11 @@ inline constexpr int64_t kTaskPanels = 8;
 inline constexpr int64_t kTaskRows = 48;
 inline constexpr int64_t kTaskColumns = kTaskPanels * kPanelRows;
 
+/// Stride in floats of rows of x that are copied: a cache line more than a row. At a large power of
+/// two, the rows of a tile would compete for the same few lines of the first-level cache.
+constexpr int64_t RowStride(int64_t k_padded) { return k_padded + 16; }
+constexpr bool FitsCache(int64_t ldx) { return ldx % 512 != 0; }
+
 /// The weights of all experts of one projection.
 class PackedMatrix {
  public:
@@ -29,9 +35,6 @@ class PackedMatrix {
   const CpuIsa& isa() const { return *kernel_->isa; }
   const PackedHeader& header() const { return weights_.header; }
   int64_t k_padded() const { return weights_.shape.k_padded; }
-  /// Stride of rows of x: a cache line more than a row, because at a power of two the rows of a
-  /// tile would fall on the same few lines of the first-level cache.
-  int64_t ldx() const { return k_padded() + 16; }
   int64_t panels() const { return weights_.shape.row_tiles; }
   /// Columns of y, padding included.
   int64_t columns() const { return panels() * kPanelRows; }
@@ -41,7 +44,8 @@ class PackedMatrix {
   /// y[rows, ldy] = columns [task * kTaskColumns, ...) of the expert's y. Returns their number,
   /// a multiple of 16.
   struct Rows {
-    const float* x;        // [*, ldx()], zero from k to k_padded()
+    const float* x;        // [*, ldx], zero from k to k_padded()
+    int64_t ldx;           // RowStride(k_padded()), or any that FitsCache
     const int32_t* index;  // [count], row i is x[index[i]]; null = row i
     int64_t count;
   };
@@ -75,6 +79,13 @@ inline void RunTasks(const ExecutionContext& context, int64_t total,
                      const std::function<void(size_t)>& fn) {
   if (total == 1) return fn(0);
   if (total > 1) context.parallel_for(size_t(total), fn);
+}
+
+/// `data` plus so many bytes; null stays null.
+template <class Void>
+Void* Advance(Void* data, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<Void>, const uint8_t, uint8_t>;
+  return data ? static_cast<Byte*>(data) + bytes : nullptr;
 }
 
 /// First element of part `i` when [0, total) is cut into `parts` equal parts.

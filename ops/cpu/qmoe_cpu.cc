@@ -37,7 +37,7 @@ struct RowBlock {
 
 /// The workspace of a chunk of T tokens, R = T * topk routes; a row is a route, sorted by expert.
 struct Scratch {
-  float* x;             // [T, fc1 ldx] input as float32
+  float* x;             // [T, ldx] input as float32
   int32_t* expert_ids;  // [T, topk]
   float* factors;       // [T, topk]
   int32_t* row_of;      // [T, topk] row of each route
@@ -46,7 +46,7 @@ struct Scratch {
   int32_t* starts;      // [E] its first row
   int32_t* order;       // [E] experts, most rows first
   RowBlock* blocks;     // [R / kTaskRows + E]
-  float* h;             // [R, fc2 ldx] activated fc1
+  float* h;             // [R, ldh] activated fc1
   float* y;             // [R, fc2 columns]
 };
 
@@ -90,7 +90,7 @@ class CpuQMoe : public QMoe {
 
   Scratch TakeScratch(Arena& arena, int64_t tokens) const {
     const int64_t routes = tokens * config_.topk, experts = config_.experts;
-    return {.x = arena.Take<float>(tokens * fc1_.ldx()),
+    return {.x = arena.Take<float>(tokens * ldx_),
             .expert_ids = arena.Take<int32_t>(routes),
             .factors = arena.Take<float>(routes),
             .row_of = arena.Take<int32_t>(routes),
@@ -99,16 +99,14 @@ class CpuQMoe : public QMoe {
             .starts = arena.Take<int32_t>(experts),
             .order = arena.Take<int32_t>(experts),
             .blocks = arena.Take<RowBlock>(routes / kTaskRows + experts),
-            .h = arena.Take<float>(routes * fc2_.ldx()),
+            .h = arena.Take<float>(routes * ldh_),
             .y = arena.Take<float>(routes * fc2_.columns())};
   }
 
   /// The tensors of the chunk that starts with token `first`.
   MoeTensors Slice(const MoeTensors& all, int64_t first) const {
     const auto row = [first](auto* data, int64_t columns, DType dtype) {
-      using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(data)>>,
-                                      const uint8_t, uint8_t>;
-      return data ? static_cast<Byte*>(data) + first * columns * int64_t(SizeOf(dtype)) : nullptr;
+      return cpu::Advance(data, first * columns * int64_t(SizeOf(dtype)));
     };
     MoeTensors chunk = all;
     chunk.tokens = std::min(ChunkTokens(), all.tokens - first);
@@ -135,7 +133,7 @@ class CpuQMoe : public QMoe {
       const RowBlock& block = scratch.blocks[int64_t(i) / fc2_.tasks()];
       const int64_t task = int64_t(i) % fc2_.tasks();
       fc2_.Multiply(block.expert, task,
-                    {scratch.h + block.first * fc2_.ldx(), nullptr, block.count},
+                    {scratch.h + block.first * ldh_, ldh_, nullptr, block.count},
                     scratch.y + block.first * fc2_.columns() + task * kTaskColumns, fc2_.columns());
     });
     cpu::RunTasks(context, chunk.tokens,
@@ -147,8 +145,8 @@ class CpuQMoe : public QMoe {
     const CpuIsa& isa = fc1_.isa();
     const int64_t experts = config_.experts;
     const auto load_row = [&](const void* data, DType dtype, int64_t columns, float* out) {
-      isa.to_float(static_cast<const uint8_t*>(data) + token * columns * int64_t(SizeOf(dtype)),
-                   dtype, columns, out);
+      isa.to_float(cpu::Advance(data, token * columns * int64_t(SizeOf(dtype))), dtype, columns,
+                   out);
     };
     float logits[cpu::kMaxExperts], weights[cpu::kMaxExperts];
     load_row(chunk.router_probs, chunk.router_probs_dtype, experts, logits);
@@ -157,7 +155,7 @@ class CpuQMoe : public QMoe {
     cpu::RouteToken(config_, logits, chunk.router_weights ? weights : nullptr,
                     scratch.expert_ids + token * config_.topk,
                     scratch.factors + token * config_.topk);
-    float* const x = scratch.x + token * fc1_.ldx();
+    float* const x = scratch.x + token * ldx_;
     load_row(chunk.input, config_.dtype, config_.hidden_size, x);
     std::fill(x + config_.hidden_size, x + fc1_.k_padded(), 0.0f);
   }
@@ -198,10 +196,11 @@ class CpuQMoe : public QMoe {
     const int64_t column = task * kTaskColumns / per_value;
     const int64_t columns = std::min(kTaskColumns / per_value, config_.inter_size - column);
     float sums[kTaskRows * kTaskColumns];
-    fc1_.Multiply(block.expert, task, {scratch.x, scratch.token_of + block.first, block.count},
-                  sums, kTaskColumns);
+    fc1_.Multiply(block.expert, task,
+                  {scratch.x, ldx_, scratch.token_of + block.first, block.count}, sums,
+                  kTaskColumns);
     for (int64_t r = 0; r < block.count; ++r) {
-      float* const h = scratch.h + (block.first + r) * fc2_.ldx();
+      float* const h = scratch.h + (block.first + r) * ldh_;
       fc1_.isa().activate(config_.activation, sums + r * kTaskColumns, columns, h + column);
       if (task == fc1_.tasks() - 1) std::fill(h + config_.inter_size, h + fc2_.k_padded(), 0.0f);
     }
@@ -217,12 +216,13 @@ class CpuQMoe : public QMoe {
                        scratch.y + scratch.row_of[route] * fc2_.columns() + column, columns, sums);
       const int64_t at = token * config_.hidden_size + column;
       isa.from_float(sums, columns, config_.dtype,
-                     static_cast<uint8_t*>(chunk.output) + at * int64_t(SizeOf(config_.dtype)));
+                     cpu::Advance(chunk.output, at * int64_t(SizeOf(config_.dtype))));
     }
   }
 
   const MoeConfig config_;
   const PackedMatrix fc1_, fc2_;
+  const int64_t ldx_ = cpu::RowStride(fc1_.k_padded()), ldh_ = cpu::RowStride(fc2_.k_padded());
 };
 
 }  // namespace
