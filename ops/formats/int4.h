@@ -38,16 +38,27 @@ struct int4 : FormatBase<int4, 4> {
     bytes[3] = uint8_t(codes[3] | codes[7] << 4);
   }
 
+  /// (x & mask) | bits. On the GPU one instruction, which the compiler does not find by itself for two constants.
+  QMOE_HOST_DEVICE static uint32_t AndOr(uint32_t x, uint32_t mask, uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
+    return result;
+#else
+    return (x & mask) | bits;
+#endif
+  }
+
   /// Two float16: 1024 + q for pairs 0 and 1, 1024 + 16 q for pairs 2 and 3.
-  QMOE_HOST_DEVICE static constexpr uint32_t BiasedHalf2(uint32_t word, int pair) {
+  QMOE_HOST_DEVICE static uint32_t BiasedHalf2(uint32_t word, int pair) {
     const uint32_t codes = pair & 1 ? word >> 8 : word;
-    return (codes & (pair < 2 ? 0x000f000fu : 0x00f000f0u)) | 0x64006400u;
+    return AndOr(codes, pair < 2 ? 0x000f000fu : 0x00f000f0u, 0x64006400u);
   }
 
   /// Two bfloat16: 128 + q. (16 q would need more bits than bfloat16 has.)
-  QMOE_HOST_DEVICE static constexpr uint32_t BiasedBFloat162(uint32_t word, int pair) {
+  QMOE_HOST_DEVICE static uint32_t BiasedBFloat162(uint32_t word, int pair) {
     const int shift = (pair & 1 ? 8 : 0) + (pair < 2 ? 0 : 4);
-    return ((word >> shift) & 0x000f000fu) | 0x43004300u;
+    return AndOr(word >> shift, 0x000f000fu, 0x43004300u);
   }
 
 #if defined(__CUDACC__)

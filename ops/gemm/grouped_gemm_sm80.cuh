@@ -136,44 +136,49 @@ struct WeightLoader {
   }
 };
 
-/// Operand A of one k16 step of one row tile: decoded, offset and scaled.
-template <class F, class T>
-__device__ void DecodeOperand(const LaneCodes<F>& codes, int j, __half2 scale, __half2 offset,
-                              bool with_offsets, uint32_t (&a)[4]) {
+/// Two values as one operand register.
+template <class T>
+__device__ uint32_t RoundPair(float x, float y) {
   if constexpr (std::is_same_v<T, __half>) {
+    const __half2 v = __floats2half2_rn(x, y);
+    return reinterpret_cast<const uint32_t&>(v);
+  } else {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
+    return reinterpret_cast<const uint32_t&>(v);
+  }
+}
+
+/// Operand A of one k16 step of one row tile: decoded, offset and scaled.
+template <class F, class T, bool kOffsets>
+__device__ void DecodeOperand(const LaneCodes<F>& codes, int j, __half2 scale, __half2 offset,
+                              uint32_t (&a)[4]) {
+  if constexpr (std::is_same_v<T, __half> && !kOffsets) {
     __half2 w[4];
     codes.Dequant(j, w);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are row g, 1 and 3 row g + 8
-      if (with_offsets) w[i] = __hadd2(w[i], i % 2 ? __high2half2(offset) : __low2half2(offset));
       w[i] = __hmul2(w[i], i % 2 ? __high2half2(scale) : __low2half2(scale));
       a[i] = reinterpret_cast<const uint32_t&>(w[i]);
     }
   } else {
-    // In float32, so that scaling rounds once: a float16 scale times an integer does not fit
-    // bfloat16.
+    // In float32, so that the weight is rounded once: a float16 scale times an integer does not fit
+    // bfloat16, and a fractional zero point need not fit float16 beside its code.
     float2 w[4];
     codes.Dequant(j, w);
     const float2 s = ToFloat2(scale), o = ToFloat2(offset);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (with_offsets) {
-        w[i].x += i % 2 ? o.y : o.x;
-        w[i].y += i % 2 ? o.y : o.x;
-      }
-      const float row_scale = i % 2 ? s.y : s.x;
-      const __nv_bfloat162 v = __floats2bfloat162_rn(w[i].x * row_scale, w[i].y * row_scale);
-      a[i] = reinterpret_cast<const uint32_t&>(v);
+      const float row_scale = i % 2 ? s.y : s.x, row_offset = i % 2 ? o.y : o.x;
+      a[i] = RoundPair<T>((w[i].x + row_offset) * row_scale, (w[i].y + row_offset) * row_scale);
     }
   }
 }
 
 /// Multiplies one stage.
-template <class F, class T, int kRows>
+template <class F, class T, int kRows, bool kOffsets>
 __device__ void MultiplyStage(const CudaGemmArgs& args, const char* stage, int warp, int lane,
                               float (&sums)[kWarpTiles][kRows / 8][4]) {
   using Layout = Stage<F, kRows>;
-  const bool with_offsets = args.zero_offsets != nullptr;
   LaneCodes<F> codes[kWarpTiles];
 #pragma unroll
   for (int i = 0; i < kWarpTiles; ++i)
@@ -195,8 +200,9 @@ __device__ void MultiplyStage(const CudaGemmArgs& args, const char* stage, int w
         __half2 scale = __float2half2_rn(1.0f), offset = __float2half2_rn(0.0f);
         if (args.block_scales != nullptr)
           scale = *reinterpret_cast<const __half2*>(stage + Layout::kScales + at);
-        if (with_offsets) offset = *reinterpret_cast<const __half2*>(stage + Layout::kOffsets + at);
-        DecodeOperand<F, T>(codes[i], j, scale, offset, with_offsets, a[step][i]);
+        if constexpr (kOffsets)
+          offset = *reinterpret_cast<const __half2*>(stage + Layout::kOffsets + at);
+        DecodeOperand<F, T, kOffsets>(codes[i], j, scale, offset, a[step][i]);
       }
     }
 #pragma unroll
@@ -212,7 +218,7 @@ __device__ void MultiplyStage(const CudaGemmArgs& args, const char* stage, int w
   }
 }
 
-template <class F, class T, int kRows>
+template <class F, class T, int kRows, bool kOffsets>
 __global__ void __launch_bounds__(kThreads, kRows >= 64 ? 3 : 4)
     grouped_gemm_sm80(const __grid_constant__ CudaGemmArgs args) {
   constexpr int kDepth = kStages<kRows>, kStageBytes = Stage<F, kRows>::kBytes;
@@ -242,7 +248,8 @@ __global__ void __launch_bounds__(kThreads, kRows >= 64 ? 3 : 4)
     CopyAsyncWait<kDepth - 2>();
     __syncthreads();  // k_tile has arrived for all; the stage of k_tile - 1 is free
     load(k_tile + kDepth - 1);
-    MultiplyStage<F, T, kRows>(args, shared + k_tile % kDepth * kStageBytes, warp, lane, sums);
+    MultiplyStage<F, T, kRows, kOffsets>(args, shared + k_tile % kDepth * kStageBytes, warp, lane,
+                                         sums);
   }
   CopyAsyncWait<0>();
   __syncthreads();
@@ -280,38 +287,41 @@ struct Gemm {
     return per_expert <= 10 ? 16 : per_expert <= 24 ? 32 : 64;
   }
 
-  /// fn(kernel, shared memory) for T and tiles of `rows` rows.
-  template <class T, class Fn>
+  /// fn(kernel, shared memory) for the combination.
+  template <class T, bool kOffsets, class Fn>
   static void WithKernel(int rows, Fn&& fn) {
     if (rows == 16)
-      fn(&grouped_gemm_sm80<F, T, 16>, SharedBytes<F, 16>());
+      fn(&grouped_gemm_sm80<F, T, 16, kOffsets>, SharedBytes<F, 16>());
     else if (rows == 32)
-      fn(&grouped_gemm_sm80<F, T, 32>, SharedBytes<F, 32>());
+      fn(&grouped_gemm_sm80<F, T, 32, kOffsets>, SharedBytes<F, 32>());
     else
-      fn(&grouped_gemm_sm80<F, T, 64>, SharedBytes<F, 64>());
+      fn(&grouped_gemm_sm80<F, T, 64, kOffsets>, SharedBytes<F, 64>());
   }
 
   template <class Fn>
-  static void WithKernel(DType dtype, int rows, Fn&& fn) {
+  static void WithKernel(DType dtype, int rows, bool offsets, Fn&& fn) {
     if (dtype == DType::kFloat16)
-      WithKernel<__half>(rows, fn);
+      offsets ? WithKernel<__half, true>(rows, fn) : WithKernel<__half, false>(rows, fn);
     else
-      WithKernel<__nv_bfloat16>(rows, fn);
+      offsets ? WithKernel<__nv_bfloat16, true>(rows, fn)
+              : WithKernel<__nv_bfloat16, false>(rows, fn);
   }
 
   static void Prepare(DType dtype) {
     for (int rows : {16, 32, 64})
-      WithKernel(dtype, rows, [](auto* kernel, int shared_bytes) {
-        PrepareKernel("grouped_gemm_sm80", reinterpret_cast<const void*>(kernel), shared_bytes);
-      });
+      for (bool offsets : {false, true})
+        WithKernel(dtype, rows, offsets, [](auto* kernel, int shared_bytes) {
+          PrepareKernel("grouped_gemm_sm80", reinterpret_cast<const void*>(kernel), shared_bytes);
+        });
   }
 
   static void Launch(const CudaGemmArgs& args, cudaStream_t stream) {
     const int64_t weight_blocks = (args.row_tiles + kBlockTiles - 1) / kBlockTiles;
-    WithKernel(args.dtype, args.tile_rows, [&](auto* kernel, int shared_bytes) {
-      ::qmoe_plugin::Launch("grouped_gemm_sm80", kernel, args.max_tiles * weight_blocks, kThreads,
-                            shared_bytes, stream, args);
-    });
+    WithKernel(args.dtype, args.tile_rows, args.zero_offsets != nullptr,
+               [&](auto* kernel, int shared_bytes) {
+                 ::qmoe_plugin::Launch("grouped_gemm_sm80", kernel, args.max_tiles * weight_blocks,
+                                       kThreads, shared_bytes, stream, args);
+               });
   }
 };
 
