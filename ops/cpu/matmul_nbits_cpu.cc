@@ -34,6 +34,8 @@ class CpuMatMulNBits : public MatMulNBits {
     return size_t(std::min(m, kChunkRows) * matrix_.ldx()) * sizeof(float);
   }
 
+  PackedHeader Packed() const override { return matrix_.header(); }
+
   void Run(const MatMulTensors& tensors, const ExecutionContext& context) const override {
     const int64_t a_row = config_.k * ElementSize(), y_row = config_.n * ElementSize();
     for (int64_t first = 0; first < tensors.m; first += kChunkRows) {

@@ -133,6 +133,10 @@ class CpuQMoe : public QMoe {
     });
     cpu::RunTasks(context, blocks * fc2_.tasks(), [&](size_t i) {
       const RowBlock& block = scratch.blocks[int64_t(i) / fc2_.tasks()];
+      const int64_t task = int64_t(i) % fc2_.tasks();
+      fc2_.Multiply(block.expert, task,
+                    {scratch.h + block.first * fc2_.ldx(), nullptr, block.count},
+                    scratch.y + block.first * fc2_.columns() + task * kTaskColumns, fc2_.columns());
     });
     cpu::RunTasks(context, chunk.tokens,
                   [&](size_t token) { Combine(chunk, scratch, int64_t(token)); });
