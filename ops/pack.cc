@@ -111,7 +111,7 @@ class TilePacker {
       for (int64_t g = 0; g < reader_.groups(); ++g)
         StoreFloat(out.block_scales, dtype, size_t(g * 16 + slot), scales_[g] / row_scale);
     }
-    reinterpret_cast<float*>(out.row_scales)[slot] = row_scale;
+    reinterpret_cast<float*>(out.row_scales)[slot] = row_scale * reader_.SumScale(expert);
     if (!out.zero_offsets) return;
     reader_.ZeroOffsets(expert, row, offsets_.data());
     for (int64_t g = 0; g < reader_.groups(); ++g)

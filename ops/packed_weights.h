@@ -10,7 +10,8 @@
 //   zero_offsets [E, Tn, G or 1, 16]          same type; only if the model gives zero points
 //   row_scales   [E, Tn, 16]                  float32, one factor a row, applied to the accumulator:
 //                                             the scale of a per-channel row, or the power of two
-//                                             that was taken out of the row's block scales
+//                                             that was taken out of the row's block scales;
+//                                             times the scale of the activations, if one is given
 //   bias         [E, Tn, 16]                  float32; only if the model gives a bias
 //
 // w = (centered(code) + zero_offset) * block_scale * row_scale. Padding codes decode to anything;

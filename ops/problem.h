@@ -57,8 +57,8 @@ struct MoeConfig {
   ActivationParams activation;
   AccuracyLevel accuracy_level = 0;
   ActivationQuant activation_quant = ActivationQuant::kNone;
-  /// Scales of the activations of an expert in fc1 and fc2, x becomes e4m3(x / scale) * scale: one
-  /// for all or E positive values each for kFp8, else empty.
+  /// Scales of each expert's activations in fc1 and fc2, which become e4m3(x / scale) * scale: E
+  /// positive values each for kFp8, else empty.
   std::vector<float> fc1_act_scales, fc2_act_scales;
 };
 

@@ -86,6 +86,12 @@ void CheckProjection(const Projection& p) {
   CheckScales(p);
   QMOE_REQUIRE(p.format->zero_points || !p.zero_points.present, p.name,
                " has zero points, but format ", p.format->name, " takes none; remove them");
+  if (p.sum_scale.present) {
+    const std::vector<int64_t> shape{p.experts};
+    QMOE_REQUIRE(p.sum_scale.dtype == DType::kFloat32 && p.sum_scale.shape == shape, p.name,
+                 " activation scales are ", p.sum_scale.Describe(), "; they must be float32",
+                 ShapeText(shape), ", one an expert");
+  }
   if (p.bias.present) {
     const std::vector<int64_t> shape{p.experts, p.n};
     QMOE_REQUIRE(IsFloat(p.bias.dtype) && p.bias.shape == shape, p.name, " bias is ",
@@ -292,6 +298,11 @@ float RowReader::Bias(int64_t expert, int64_t row) const {
   const auto [p, stored] = Locate(row);
   if (!p->bias.present) return 0.0f;
   return LoadFloat(p->bias.data, p->bias.dtype, size_t(expert * p->n + stored));
+}
+
+float RowReader::SumScale(int64_t expert) const {
+  const TensorView& scale = parts_[0].sum_scale;
+  return scale.present ? LoadFloat(scale.data, scale.dtype, size_t(expert)) : 1.0f;
 }
 
 }  // namespace qmoe_plugin

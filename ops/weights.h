@@ -46,14 +46,15 @@ struct Projection {
   TensorView codes;
   /// Float types, float8e4m3fn or float8e8m0 (or uint8, read as float8e8m0, if scales_are_e8m0), [E, R, G] or, if G is
   /// 1, [E, R]. May be absent where there is a global scale.
-  TensorView scales;
+  TensorView scales = {};
   bool scales_are_e8m0 = false;
   /// Optional, integer formats: uint8 packed along the last axis, [E, N, ceil(G * bits / 8)], per channel
   /// [E, ceil(N * bits / 8)]; or one value a block, [E, N, G] in uint8 or a float type.
-  TensorView zero_points;
-  TensorView bias;          // optional, float types [E, N]
-  TensorView global_scale;  // optional, float32 [E]: factor on all scales of an expert
-  TensorView group_index;   // optional, int32 [K]: block of each k (g_idx of MatMulNBits)
+  TensorView zero_points = {};
+  TensorView bias = {};          // optional, float types [E, N]
+  TensorView global_scale = {};  // optional, float32 [E]: factor on all scales of an expert
+  TensorView sum_scale = {};     // optional, float32 [E]: factor on y, but not on the bias
+  TensorView group_index = {};   // optional, int32 [K]: block of each k (g_idx of MatMulNBits)
 
   DType ScaleType() const { return scales_are_e8m0 ? DType::kFloat8E8M0 : scales.dtype; }
   int64_t groups() const { return block_size ? (k + block_size - 1) / block_size : 1; }
@@ -97,6 +98,8 @@ class RowReader {
   /// default_zero_point - zero_point of one row, [groups()]; zeros if there are no zero points.
   void ZeroOffsets(int64_t expert, int64_t row, float* out) const;
   float Bias(int64_t expert, int64_t row) const;
+  /// Factor on the sums of an expert, 1 unless Projection::sum_scale is given.
+  float SumScale(int64_t expert) const;
 
  private:
   struct Place {  // where a packed row is stored

@@ -6,13 +6,14 @@
 //   4. add up each token's rows, times their factors, in the order of j
 //
 // Between fc1 and fc2 values stay float32: exacter than rounding to the activation type as the
-// stock ops do, and nothing is gained by rounding. No sum depends on the tasks, so neither does any
+// stock ops do, and nothing is gained by rounding (unless they are quantised, see QuantizeHidden). No sum depends on the tasks, so neither does any
 // bit of the result. Long prompts go through in chunks, which bounds the workspace.
 #include <algorithm>
 #include <numeric>
 
 #include "ops/cpu/packed_matrix.h"
 #include "ops/cpu/routing.h"
+#include "ops/qmoe/activation_quant.h"
 #include "ops/qmoe/qmoe.h"
 
 namespace qmoe_plugin {
@@ -46,6 +47,7 @@ struct Scratch {
   int32_t* starts;      // [E] its first row
   int32_t* order;       // [E] experts, most rows first
   RowBlock* blocks;     // [R / kTaskRows + E]
+  float* expert_x;      // [R, fc1 ldx] x quantised for the row's expert, where experts differ
   float* h;             // [R, fc2 ldx] activated fc1
   float* y;             // [R, fc2 columns]
 };
@@ -68,7 +70,8 @@ class CpuQMoe : public QMoe {
   CpuQMoe(const MoeConfig& config, const RowReader& fc1, const RowReader& fc2)
       : config_(config),
         fc1_(fc1, Problem(config, fc1, GemmStage::kFc1)),
-        fc2_(fc2, Problem(config, fc2, GemmStage::kFc2)) {}
+        fc2_(fc2, Problem(config, fc2, GemmStage::kFc2)),
+        quantize_by_expert_(DifferByExpert(config.fc1_act_scales)) {}
 
   size_t WorkspaceBytes(int64_t tokens) const override {
     Arena arena(nullptr);
@@ -99,6 +102,7 @@ class CpuQMoe : public QMoe {
             .starts = arena.Take<int32_t>(experts),
             .order = arena.Take<int32_t>(experts),
             .blocks = arena.Take<RowBlock>(routes / kTaskRows + experts),
+            .expert_x = arena.Take<float>(quantize_by_expert_ ? routes * fc1_.ldx() : 0),
             .h = arena.Take<float>(routes * fc2_.ldx()),
             .y = arena.Take<float>(routes * fc2_.columns())};
   }
@@ -128,6 +132,9 @@ class CpuQMoe : public QMoe {
       for (int64_t t = int64_t(i) * kRouteTokens; t < last; ++t) LoadToken(chunk, t, scratch);
     });
     const int64_t blocks = SortByExpert(chunk.tokens, scratch);
+    if (quantize_by_expert_)
+      cpu::RunTasks(context, blocks,
+                    [&](size_t i) { QuantizeByExpert(scratch, scratch.blocks[i]); });
     cpu::RunTasks(context, blocks * fc1_.tasks(), [&](size_t i) {
       Fc1(scratch, scratch.blocks[int64_t(i) / fc1_.tasks()], int64_t(i) % fc1_.tasks());
     });
@@ -160,6 +167,19 @@ class CpuQMoe : public QMoe {
     float* const x = scratch.x + token * fc1_.ldx();
     load_row(chunk.input, config_.dtype, config_.hidden_size, x);
     std::fill(x + config_.hidden_size, x + fc1_.k_padded(), 0.0f);
+    if (!quantize_by_expert_)
+      QuantizeActivations(config_.activation_quant, ActivationScaleOf(config_.fc1_act_scales, 0),
+                          config_.hidden_size, x);
+  }
+
+  void QuantizeByExpert(const Scratch& scratch, const RowBlock& block) const {
+    for (int64_t row = block.first; row < block.first + block.count; ++row) {
+      float* const x = scratch.expert_x + row * fc1_.ldx();
+      std::copy_n(scratch.x + scratch.token_of[row] * fc1_.ldx(), fc1_.k_padded(), x);
+      QuantizeActivations(config_.activation_quant,
+                          ActivationScaleOf(config_.fc1_act_scales, block.expert),
+                          config_.hidden_size, x);
+    }
   }
 
   /// Sorts the routes by expert, in the order of tokens within an expert, and cuts each expert's
@@ -198,13 +218,28 @@ class CpuQMoe : public QMoe {
     const int64_t column = task * kTaskColumns / per_value;
     const int64_t columns = std::min(kTaskColumns / per_value, config_.inter_size - column);
     float sums[kTaskRows * kTaskColumns];
-    fc1_.Multiply(block.expert, task, {scratch.x, scratch.token_of + block.first, block.count},
-                  sums, kTaskColumns);
+    PackedMatrix::Rows x{scratch.x, scratch.token_of + block.first, block.count};
+    if (quantize_by_expert_)
+      x = {scratch.expert_x + block.first * fc1_.ldx(), nullptr, block.count};
+    fc1_.Multiply(block.expert, task, x, sums, kTaskColumns);
     for (int64_t r = 0; r < block.count; ++r) {
       float* const h = scratch.h + (block.first + r) * fc2_.ldx();
       fc1_.isa().activate(config_.activation, sums + r * kTaskColumns, columns, h + column);
+      if (config_.activation_quant != ActivationQuant::kNone)
+        QuantizeHidden(block.expert, columns, h + column);
       if (task == fc1_.tasks() - 1) std::fill(h + config_.inter_size, h + fc2_.k_padded(), 0.0f);
     }
+  }
+
+  /// Some activated values, beginning with a block. Rounded to the activation type first: CUDA has
+  /// them in that type, and both must quantise the same numbers.
+  void QuantizeHidden(int64_t expert, int64_t count, float* h) const {
+    static_assert(kTaskColumns / 2 % kMxBlock == 0, "a task has whole blocks");
+    alignas(float) uint8_t rounded[kTaskColumns * sizeof(float)];
+    fc1_.isa().from_float(h, count, config_.dtype, rounded);
+    fc1_.isa().to_float(rounded, config_.dtype, count, h);
+    QuantizeActivations(config_.activation_quant, ActivationScaleOf(config_.fc2_act_scales, expert),
+                        count, h);
   }
 
   void Combine(const MoeTensors& chunk, const Scratch& scratch, int64_t token) const {
@@ -223,6 +258,7 @@ class CpuQMoe : public QMoe {
 
   const MoeConfig config_;
   const PackedMatrix fc1_, fc2_;
+  const bool quantize_by_expert_;
 };
 
 }  // namespace

@@ -1,11 +1,22 @@
 #include "ops/qmoe/qmoe.h"
 
+#include <cmath>
+
 #include "ops/error.h"
 
 namespace qmoe_plugin {
 namespace {
 
 constexpr int64_t kMaxExperts = 1024;
+
+void CheckActivationScales(const MoeConfig& c, const char* name, const std::vector<float>& scales) {
+  const size_t wanted = c.activation_quant == ActivationQuant::kFp8 ? size_t(c.experts) : 0;
+  QMOE_REQUIRE(scales.size() == wanted, name, " has ", scales.size(), " values; this node needs ",
+               wanted, wanted ? ", one an expert" : ", as its activations are not scaled by them");
+  for (float scale : scales)
+    QMOE_REQUIRE(scale > 0 && std::isfinite(scale), name, " holds ", scale,
+                 "; scales of activations must be positive and finite");
+}
 
 void CheckConfig(const MoeConfig& c) {
   QMOE_REQUIRE(IsFloat(c.dtype), "activations are ", Name(c.dtype),
@@ -19,12 +30,23 @@ void CheckConfig(const MoeConfig& c) {
   QMOE_REQUIRE(!c.use_sparse_mixer || c.topk == 2, "use_sparse_mixer=1 needs k=2, not k=", c.topk);
   QMOE_REQUIRE(c.accuracy_level >= 0 && c.accuracy_level <= 4, "accuracy_level is ",
                c.accuracy_level, "; allowed are 0 to 4");
+  CheckActivationScales(c, "fc1_act_scale", c.fc1_act_scales);
+  CheckActivationScales(c, "fc2_act_scale", c.fc2_act_scales);
 }
 
 void CheckProjectionShape(const Projection& p, int64_t experts, int64_t n, int64_t k) {
   QMOE_REQUIRE(p.experts == experts && p.n == n && p.k == k, p.name, " holds ", p.experts, " x ",
                p.n, " x ", p.k, " weights; this node needs ", experts, " x ", n, " x ", k,
                " = [experts, rows, columns]");
+}
+
+/// The projection with the activation scales, which the config goes on to own, as factors on its
+/// sums.
+Projection WithActivationScales(const Projection& p, const std::vector<float>& scales) {
+  Projection scaled = p;
+  if (!scales.empty())
+    scaled.sum_scale = {scales.data(), DType::kFloat32, {int64_t(scales.size())}, true};
+  return scaled;
 }
 
 }  // namespace
@@ -37,14 +59,15 @@ RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights) {
   const bool fused = IsGated(config.activation.type) && !two_matrices;
   const int64_t rows = config.inter_size * (fused ? 2 : 1);
   CheckProjectionShape(weights.fc1, config.experts, rows, config.hidden_size);
-  if (!two_matrices) return RowReader(weights.fc1, weights.fc1_order);
+  const Projection fc1 = WithActivationScales(weights.fc1, config.fc1_act_scales);
+  if (!two_matrices) return RowReader(fc1, weights.fc1_order);
   CheckProjectionShape(weights.fc3, config.experts, rows, config.hidden_size);
-  return RowReader(weights.fc1, weights.fc3);
+  return RowReader(fc1, weights.fc3);
 }
 
 RowReader MakeFc2Reader(const MoeConfig& config, const MoeWeights& weights) {
   CheckProjectionShape(weights.fc2, config.experts, config.hidden_size, config.inter_size);
-  return RowReader(weights.fc2);
+  return RowReader(WithActivationScales(weights.fc2, config.fc2_act_scales));
 }
 
 std::unique_ptr<QMoe> MakeQMoe(const Device& device, const MoeConfig& config,

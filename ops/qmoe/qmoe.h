@@ -38,7 +38,7 @@ std::unique_ptr<QMoe> MakeQMoe(const Device& device, const MoeConfig& config,
                                const MoeWeights& weights);
 
 /// Readers over the packed rows of fc1 (gates and ups interleaved) and fc2, after checking that
-/// shapes agree.
+/// shapes agree. They read the config's activation scales too.
 RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights);
 RowReader MakeFc2Reader(const MoeConfig& config, const MoeWeights& weights);
 
