@@ -80,14 +80,15 @@ class TilePacker {
     const int64_t expert = tile / shape_.row_tiles, first_row = tile % shape_.row_tiles * 16;
     std::fill(codes_.begin(), codes_.end(), uint8_t(0));
     ClearScales(out);
-    for (int i = 0; i < 16; ++i) {
-      const int64_t row = first_row + i;
-      if (row >= reader_.rows()) break;
+    const int rows = int(std::min<int64_t>(16, reader_.rows() - first_row));
+    uint8_t* code_rows[16];
+    for (int i = 0; i < rows; ++i) {
       const int tile_row = layout_.tile_row(i, gated_), slot = layout_.slot(tile_row);
-      reader_.Codes(expert, row, codes_.data() + tile_row * shape_.k_padded);
-      PackScales(expert, row, slot, out);
-      if (out.bias) reinterpret_cast<float*>(out.bias)[slot] = reader_.Bias(expert, row);
+      code_rows[i] = codes_.data() + tile_row * shape_.k_padded;
+      PackScales(expert, first_row + i, slot, out);
+      if (out.bias) reinterpret_cast<float*>(out.bias)[slot] = reader_.Bias(expert, first_row + i);
     }
+    reader_.Codes(expert, first_row, rows, code_rows);
     layout_.encode_tile(reader_.format(), codes_.data(), shape_.k_padded, out.codes);
   }
 

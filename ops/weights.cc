@@ -218,27 +218,41 @@ RowReader::Place RowReader::Locate(int64_t row) const {
   return {&parts_[0], row};
 }
 
-void RowReader::Codes(int64_t expert, int64_t row, uint8_t* out) const {
-  const auto [p, stored] = Locate(row);
-  const int64_t matrix_bytes = int64_t(p->codes.bytes()) / p->experts;
-  const uint8_t* matrix = static_cast<const uint8_t*>(p->codes.data) + expert * matrix_bytes;
-  const auto read = [&, p = p, stored = stored](uint8_t* codes) {
-    ReadStoredRow(p->layout, matrix, p->n, p->k, p->format->bits, matrix_bytes / p->n, stored,
-                  codes);
-  };
-  if (k_order_.empty()) {
-    read(out);
-  } else {
-    std::vector<uint8_t> codes(size_t(p->k));
-    read(codes.data());
-    for (size_t k = 0; k < k_order_.size(); ++k)
-      out[k] = k_order_[k] < 0 ? 0 : codes[size_t(k_order_[k])];
+void RowReader::Codes(int64_t expert, int64_t row, int count, uint8_t* const* out) const {
+  // Gates and ups that lie apart are two runs of stored rows.
+  const int runs = order_ == RowOrder::kAsStored ? 1 : 2;
+  for (int run = 0; run < std::min(runs, count); ++run) {
+    uint8_t* targets[kMaxRows];
+    int rows = 0;
+    for (int i = run; i < count; i += runs) targets[rows++] = out[i];
+    const auto [p, stored] = Locate(row + run);
+    const int64_t matrix_bytes = int64_t(p->codes.bytes()) / p->experts;
+    ReadStoredRows(p->layout, static_cast<const uint8_t*>(p->codes.data) + expert * matrix_bytes,
+                   p->n, p->k, p->format->bits, matrix_bytes / p->n, stored, rows, targets);
   }
-  if (!p->format->has_nan) return;
+  for (int i = 0; i < count; ++i) {
+    if (!k_order_.empty()) ReorderCodes(out[i]);
+    if (format().has_nan) RefuseNaN(expert, row + i, out[i]);
+  }
+}
+
+/// Brings the codes of a row into k_order(), in place.
+void RowReader::ReorderCodes(uint8_t* codes) const {
+  const std::vector<uint8_t> stored(codes, codes + parts_[0].k);
+  for (size_t k = 0; k < k_order_.size(); ++k)
+    codes[k] = k_order_[k] < 0 ? 0 : stored[size_t(k_order_[k])];
+}
+
+void RowReader::RefuseNaN(int64_t expert, int64_t row, const uint8_t* codes) const {
+  const float* values = format().centered;
+  bool found = false;
+  for (int64_t k = 0; k < packed_k_; ++k) found |= std::isnan(values[codes[k]]);
+  if (!found) return;
+  const auto [p, stored] = Locate(row);
   for (int64_t k = 0; k < packed_k_; ++k)
-    QMOE_REQUIRE(!std::isnan(p->format->centered[out[k]]), p->name, " weight of expert ", expert,
-                 ", row ", stored, ", column ", k, " is NaN (code ", int(out[k]),
-                 "); weights must be finite");
+    QMOE_REQUIRE(!std::isnan(values[codes[k]]), p->name, " weight of expert ", expert, ", row ",
+                 stored, ", column ", k_order_.empty() ? k : k_order_[size_t(k)], " is NaN (code ",
+                 int(codes[k]), "); weights must be finite");
 }
 
 void RowReader::Scales(int64_t expert, int64_t row, float* out) const {

@@ -92,7 +92,10 @@ class RowReader {
   const std::vector<int32_t>& k_order() const { return k_order_; }
 
   /// Codes of one row, [k()].
-  void Codes(int64_t expert, int64_t row, uint8_t* out) const;
+  void Codes(int64_t expert, int64_t row, uint8_t* out) const { Codes(expert, row, 1, &out); }
+  /// Codes of rows row, row + 1, ... into out[0], out[1], ...: at most kMaxRows, which is faster.
+  void Codes(int64_t expert, int64_t row, int count, uint8_t* const* out) const;
+  static constexpr int kMaxRows = 16;
   /// Scales of one row, [groups()].
   void Scales(int64_t expert, int64_t row, float* out) const;
   /// default_zero_point - zero_point of one row, [groups()]; zeros if there are no zero points.
@@ -116,6 +119,8 @@ class RowReader {
 
   Place Locate(int64_t row) const;
   void BuildKOrder();
+  void ReorderCodes(uint8_t* codes) const;
+  void RefuseNaN(int64_t expert, int64_t row, const uint8_t* codes) const;
   static ZeroPoints ZeroPointsOf(const Projection& projection);
 
   std::vector<Projection> parts_;
