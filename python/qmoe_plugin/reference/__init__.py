@@ -46,6 +46,7 @@ __all__ = [
     "matmul_nbits",
     "matmul_nbits_weights",
     "projection_format",
+    "projection_weights",
     "qmoe",
     "quantize_activations",
     "quantize_fp8",
@@ -80,6 +81,15 @@ def projection_format(attributes: Mapping[str, Any], name: str) -> formats.Forma
         return formats.get(attrs[f"{name}_format"])
     bits = attrs.get(f"{name}_expert_weight_bits", attrs["expert_weight_bits"])
     return formats.for_attributes(attrs["quant_type"], bits)
+
+
+def projection_weights(
+    attributes: Mapping[str, Any], name: str, projection: Projection, k: int
+) -> Float64:
+    """The weights of a QMoE node's projection "fc1", "fc2" or "fc3", float64 [E, N, K]."""
+    fmt = projection_format(attributes, name)
+    block_size = fmt.only_block_size or attributes.get("block_size", QMOE_DEFAULTS["block_size"])
+    return dequantize_projection(projection, fmt, k, block_size)
 
 
 def quantize_activations(
@@ -144,10 +154,7 @@ def qmoe(
 
     def linear(name: str, projection: Projection, inputs: Float64, expert: int) -> Float64:
         part = projection.expert(expert)
-        fmt = projection_format(attrs, name)
-        block_size = fmt.only_block_size or attrs["block_size"]
-        weights = dequantize_projection(part, fmt, inputs.shape[-1], block_size)
-        product = inputs @ weights[0].T
+        product = inputs @ projection_weights(attrs, name, part, inputs.shape[-1])[0].T
         return np.asarray(product if part.bias is None else product + part.bias.astype(np.float64))
 
     expert_ids, factors = route(
