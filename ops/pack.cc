@@ -204,6 +204,8 @@ void PackStaged(const RowReader& reader, const PackedHeader& header, const PackS
   });
 }
 
+}  // namespace
+
 std::shared_ptr<uint8_t> AllocateHost(size_t bytes) {
   const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   const bool large = bytes >= kHugePage;  // huge pages only pay, and only fit, from there on
@@ -215,8 +217,6 @@ std::shared_ptr<uint8_t> AllocateHost(size_t bytes) {
     madvise(memory, rounded, MADV_HUGEPAGE);  // a hint; 15 to 20 % of decode speed where granted
   return {static_cast<uint8_t*>(memory), [](uint8_t* p) { std::free(p); }};
 }
-
-}  // namespace
 
 bool RegisterTileLayout(const TileLayout& layout) {
   TileLayouts().push_back(layout);
@@ -244,7 +244,9 @@ PackedHeader PlanPack(const RowReader& reader, bool gated, Layout layout, ScaleP
   header.block_size = uint32_t(reader.block_size());
   header.flags = (gated ? PackedHeader::kGated : 0u) |
                  (reader.has_zero_points() ? PackedHeader::kZeroOffsets : 0u) |
-                 (reader.has_bias() ? PackedHeader::kBias : 0u);
+                 (reader.has_bias() ? PackedHeader::kBias : 0u) |
+                 (reader.has_sum_scale() ? PackedHeader::kSumScale : 0u) |
+                 (reader.k_order().empty() ? 0u : PackedHeader::kPermutedK);
   header.scale_dtype = uint16_t(half ? DType::kFloat16 : DType::kFloat32);
   SealHeader(header);
   return header;

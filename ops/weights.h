@@ -43,7 +43,7 @@ struct Projection {
   StoredLayout layout = StoredLayout::kRaw;
   /// uint8 (or float8e4m3fn for 8-bit floats) [E, N, ceil(stored K * bits / 8)], stored K = K or G * block_size;
   /// for other layouts than kRaw also [E, K, N * bits / 8].
-  TensorView codes;
+  TensorView codes = {};
   /// Float types, float8e4m3fn or float8e8m0 (or uint8, read as float8e8m0, if scales_are_e8m0), [E, R, G] or, if G is
   /// 1, [E, R]. May be absent where there is a global scale.
   TensorView scales = {};
@@ -55,6 +55,7 @@ struct Projection {
   TensorView global_scale = {};  // optional, float32 [E]: factor on all scales of an expert
   TensorView sum_scale = {};     // optional, float32 [E]: factor on y, but not on the bias
   TensorView group_index = {};   // optional, int32 [K]: block of each k (g_idx of MatMulNBits)
+  TensorView packed = {};        // instead of all others: uint8 [bytes], see ops/pack_source.h
 
   DType ScaleType() const { return scales_are_e8m0 ? DType::kFloat8E8M0 : scales.dtype; }
   int64_t groups() const { return block_size ? (k + block_size - 1) / block_size : 1; }
@@ -103,6 +104,7 @@ class RowReader {
   float Bias(int64_t expert, int64_t row) const;
   /// Factor on the sums of an expert, 1 unless Projection::sum_scale is given.
   float SumScale(int64_t expert) const;
+  bool has_sum_scale() const { return parts_[0].sum_scale.present; }
 
  private:
   struct Place {  // where a packed row is stored

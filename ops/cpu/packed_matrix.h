@@ -8,8 +8,7 @@
 
 #include "ops/cpu/gemm.h"
 #include "ops/cpu/layout.h"
-#include "ops/packed_weights.h"
-#include "ops/weights.h"
+#include "ops/pack_source.h"
 
 namespace qmoe_plugin::cpu {
 
@@ -23,8 +22,8 @@ inline constexpr int64_t kTaskColumns = kTaskPanels * kPanelRows;
 /// The weights of all experts of one projection.
 class PackedMatrix {
  public:
-  /// Selects the kernel for the problem and packs. Throws Error.
-  PackedMatrix(const RowReader& reader, const GemmProblem& problem);
+  /// Selects the kernel for the problem and packs, if need be. Throws Error.
+  PackedMatrix(const PackSource& source, const GemmProblem& problem);
 
   const CpuIsa& isa() const { return *kernel_->isa; }
   const PackedHeader& header() const { return weights_.header; }

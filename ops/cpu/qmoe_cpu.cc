@@ -52,22 +52,22 @@ struct Scratch {
   float* y;             // [R, fc2 columns]
 };
 
-GemmProblem Problem(const MoeConfig& config, const RowReader& reader, GemmStage stage) {
+GemmProblem Problem(const MoeConfig& config, const PackSource& source, GemmStage stage) {
   return {.stage = stage,
           .dtype = config.dtype,
-          .format = &reader.format(),
+          .format = &source.format(),
           .experts = config.experts,
-          .n = reader.rows(),
-          .k = reader.k(),
-          .block_size = reader.block_size(),
-          .zero_points = reader.has_zero_points(),
+          .n = source.rows(),
+          .k = source.k(),
+          .block_size = source.block_size(),
+          .zero_points = source.has_zero_points(),
           .activation = stage == GemmStage::kFc1 ? config.activation.type : Activation::kIdentity,
           .accuracy_level = config.accuracy_level};
 }
 
 class CpuQMoe : public QMoe {
  public:
-  CpuQMoe(const MoeConfig& config, const RowReader& fc1, const RowReader& fc2)
+  CpuQMoe(const MoeConfig& config, const PackSource& fc1, const PackSource& fc2)
       : config_(config),
         fc1_(fc1, Problem(config, fc1, GemmStage::kFc1)),
         fc2_(fc2, Problem(config, fc2, GemmStage::kFc2)),
@@ -263,8 +263,8 @@ class CpuQMoe : public QMoe {
 
 }  // namespace
 
-std::unique_ptr<QMoe> MakeCpuQMoe(const MoeConfig& config, const RowReader& fc1,
-                                  const RowReader& fc2) {
+std::unique_ptr<QMoe> MakeCpuQMoe(const MoeConfig& config, const PackSource& fc1,
+                                  const PackSource& fc2) {
   return std::make_unique<CpuQMoe>(config, fc1, fc2);
 }
 

@@ -49,6 +49,22 @@ Projection WithActivationScales(const Projection& p, const std::vector<float>& s
   return scaled;
 }
 
+/// Rows of a packed fc1: gates and ups together, however the model stored them.
+int64_t Fc1Rows(const MoeConfig& c) { return c.inter_size * (IsGated(c.activation.type) ? 2 : 1); }
+
+PackSource PackedSource(const MoeConfig& config, const Projection& p, int64_t n, int64_t k) {
+  const PackSource source(p);
+  QMOE_REQUIRE(source.experts() == config.experts && source.rows() == n && source.k() == k, p.name,
+               " packed weights are ", source.experts(), " x ", source.rows(), " x ", source.k(),
+               "; this node needs ", config.experts, " x ", n, " x ", k,
+               " = [experts, rows, columns]");
+  const bool scaled = config.activation_quant == ActivationQuant::kFp8;
+  QMOE_REQUIRE(source.has_sum_scale() == scaled, p.name, " weights were packed ",
+               scaled ? "without" : "with", " activation scales, which this node ",
+               scaled ? "has" : "does not have", "; prepack the model again");
+  return source;
+}
+
 }  // namespace
 
 RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights) {
@@ -56,8 +72,7 @@ RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights) {
   QMOE_REQUIRE(
       !two_matrices || IsGated(config.activation.type),
       "fc3 is given, but the activation is not gated; leave fc3 out, or use swiglu or geglu");
-  const bool fused = IsGated(config.activation.type) && !two_matrices;
-  const int64_t rows = config.inter_size * (fused ? 2 : 1);
+  const int64_t rows = two_matrices ? config.inter_size : Fc1Rows(config);
   CheckProjectionShape(weights.fc1, config.experts, rows, config.hidden_size);
   const Projection fc1 = WithActivationScales(weights.fc1, config.fc1_act_scales);
   if (!two_matrices) return RowReader(fc1, weights.fc1_order);
@@ -73,7 +88,14 @@ RowReader MakeFc2Reader(const MoeConfig& config, const MoeWeights& weights) {
 std::unique_ptr<QMoe> MakeQMoe(const Device& device, const MoeConfig& config,
                                const MoeWeights& weights) {
   CheckConfig(config);
-  const RowReader fc1 = MakeFc1Reader(config, weights), fc2 = MakeFc2Reader(config, weights);
+  const PackSource fc1 =
+      weights.fc1.packed.present
+          ? PackedSource(config, weights.fc1, Fc1Rows(config), config.hidden_size)
+          : PackSource(MakeFc1Reader(config, weights));
+  const PackSource fc2 =
+      weights.fc2.packed.present
+          ? PackedSource(config, weights.fc2, config.hidden_size, config.inter_size)
+          : PackSource(MakeFc2Reader(config, weights));
   if (device.type == DeviceType::kCpu) return MakeCpuQMoe(config, fc1, fc2);
   return MakeCudaQMoe(device, config, fc1, fc2);
 }

@@ -41,16 +41,16 @@ class Arena {
   size_t used_ = 0;
 };
 
-GemmProblem Problem(GemmStage stage, const MoeConfig& config, const RowReader& reader) {
+GemmProblem Problem(GemmStage stage, const MoeConfig& config, const PackSource& source) {
   GemmProblem problem;
   problem.stage = stage;
   problem.dtype = config.dtype;
-  problem.format = &reader.format();
+  problem.format = &source.format();
   problem.experts = config.experts;
-  problem.n = reader.rows();
-  problem.k = reader.k();
-  problem.block_size = reader.block_size();
-  problem.zero_points = reader.has_zero_points();
+  problem.n = source.rows();
+  problem.k = source.k();
+  problem.block_size = source.block_size();
+  problem.zero_points = source.has_zero_points();
   if (stage == GemmStage::kFc1) problem.activation = config.activation.type;
   problem.accuracy_level = config.accuracy_level;
   return problem;
@@ -58,8 +58,8 @@ GemmProblem Problem(GemmStage stage, const MoeConfig& config, const RowReader& r
 
 class CudaQMoe final : public QMoe {
  public:
-  CudaQMoe(const Device& device, const MoeConfig& config, const RowReader& fc1,
-           const RowReader& fc2)
+  CudaQMoe(const Device& device, const MoeConfig& config, const PackSource& fc1,
+           const PackSource& fc2)
       : device_(device),
         config_(config),
         fc1_(device, Problem(GemmStage::kFc1, config, fc1), config.activation, fc1),
@@ -264,7 +264,7 @@ class CudaQMoe final : public QMoe {
 }  // namespace
 
 std::unique_ptr<QMoe> MakeCudaQMoe(const Device& device, const MoeConfig& config,
-                                   const RowReader& fc1, const RowReader& fc2) {
+                                   const PackSource& fc1, const PackSource& fc2) {
   return std::make_unique<CudaQMoe>(device, config, fc1, fc2);
 }
 

@@ -13,7 +13,7 @@
 #include <memory>
 #include <vector>
 
-#include "ops/packed_weights.h"
+#include "ops/pack_source.h"
 #include "ops/problem.h"
 
 namespace qmoe_plugin {
@@ -32,8 +32,8 @@ class QMoe {
   virtual void Run(const MoeTensors& tensors, const ExecutionContext& context) const = 0;
 };
 
-/// Checks everything, selects kernels and packs. The weights may be released afterwards. Throws
-/// Error.
+/// Checks everything, selects kernels and packs. The weights may be released afterwards, except for
+/// those that are packed already and the CPU's. Throws Error.
 std::unique_ptr<QMoe> MakeQMoe(const Device& device, const MoeConfig& config,
                                const MoeWeights& weights);
 
@@ -43,9 +43,9 @@ RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights);
 RowReader MakeFc2Reader(const MoeConfig& config, const MoeWeights& weights);
 
 // One implementation a device; MakeQMoe checks the config and calls one of them.
-std::unique_ptr<QMoe> MakeCpuQMoe(const MoeConfig& config, const RowReader& fc1,
-                                  const RowReader& fc2);
+std::unique_ptr<QMoe> MakeCpuQMoe(const MoeConfig& config, const PackSource& fc1,
+                                  const PackSource& fc2);
 std::unique_ptr<QMoe> MakeCudaQMoe(const Device& device, const MoeConfig& config,
-                                   const RowReader& fc1, const RowReader& fc2);
+                                   const PackSource& fc1, const PackSource& fc2);
 
 }  // namespace qmoe_plugin
