@@ -101,13 +101,14 @@ void CheckGlobalScales(const ScalePlan& plan, const Tensors& inputs) {
   }
 }
 
-/// One value or E of them, all positive.
+/// E values, of one for all or of one an expert. MakeQMoe checks them.
 std::vector<float> ReadActScales(size_t input, const TensorView& tensor, int64_t experts) {
   QMOE_REQUIRE(tensor.dtype == DType::kFloat32 && tensor.shape.size() == 1 &&
                    (tensor.shape[0] == 1 || tensor.shape[0] == experts),
                "input ", input, " (activation scale) is ", tensor.Describe(),
                "; it must be float32[1] or float32[", experts, "], one an expert");
   const float* values = static_cast<const float*>(tensor.data);
+  if (tensor.shape[0] == 1) return std::vector<float>(size_t(experts), values[0]);
   return {values, values + tensor.shape[0]};
 }
 
