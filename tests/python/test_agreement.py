@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from helpers.blank import SCALE_TYPES, Blank
 from helpers.cases import MatMulNBitsCase, QMoECase
+from helpers.models import one_node_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -203,9 +204,8 @@ def compare(model):
 def test_qmoe(data):
     case = data.draw(QMOE_CASES)
     tensors = data.draw(reshaped(case.tensors()))
-    compare(
-        with_attributes(case.model(tensors, "com.microsoft"), data.draw(subsets(QMOE_ATTRIBUTES)))
-    )
+    model = one_node_model("QMoE", tensors, case.attributes(), domain="com.microsoft")
+    compare(with_attributes(model, data.draw(subsets(QMOE_ATTRIBUTES))))
 
 
 @settings(max_examples=400, deadline=None)
@@ -229,6 +229,5 @@ def test_quant_types_and_layouts(data):
 def test_matmul_nbits(data):
     case = data.draw(MATMUL_CASES)
     tensors = data.draw(reshaped(case.tensors()))
-    compare(
-        with_attributes(case.model(tensors, "com.microsoft"), data.draw(subsets(MATMUL_ATTRIBUTES)))
-    )
+    model = one_node_model("MatMulNBits", tensors, case.attributes(), domain="com.microsoft")
+    compare(with_attributes(model, data.draw(subsets(MATMUL_ATTRIBUTES))))
