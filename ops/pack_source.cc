@@ -4,6 +4,16 @@
 
 namespace qmoe_plugin {
 
+PackTarget TargetOf(const Device& device, DType activations) {
+  if (device.type == DeviceType::kCpu) return {Layout::kCpuPanel16, ScalePolicy::kFloat16IfExact};
+  QMOE_REQUIRE(device.sm >= 80, "GPUs of sm_", device.sm,
+               " are not supported; the CUDA kernels run from sm_80 on");
+  // float16 holds scales with up to 11 significant bits exactly, and 16-bit products could use no
+  // more.
+  return {Layout::kCudaTile16x64,
+          activations == DType::kFloat32 ? ScalePolicy::kFloat32 : ScalePolicy::kFloat16};
+}
+
 PackSource::PackSource(const Projection& p) : name_(p.name) {
   for (const TensorView* other :
        {&p.codes, &p.scales, &p.zero_points, &p.bias, &p.global_scale, &p.group_index})
@@ -53,7 +63,8 @@ const std::vector<int32_t>& PackSource::k_order() const {
   return reader_ ? reader_->k_order() : as_stored;
 }
 
-PackedHeader PackSource::Plan(bool gated, Layout layout, ScalePolicy policy) const {
+PackedHeader PackSource::Plan(bool gated, const PackTarget& target) const {
+  const auto [layout, policy] = target;
   if (reader_) return PlanPack(*reader_, gated, layout, policy);
   const PackedHeader& header = packed_.header;
   QMOE_REQUIRE(header.layout == layout, name_, " weights were packed for ", DeviceOf(header.layout),
@@ -76,10 +87,20 @@ void PackSource::Write(const PackedHeader& header, const PackSink& sink) const {
   sink.write(0, packed_.memory.get(), header.bytes);
 }
 
-PackedWeights PackSource::ToHost(bool gated, Layout layout, ScalePolicy policy) const {
-  if (reader_) return PackToHost(*reader_, gated, layout, policy);
-  Plan(gated, layout, policy);
+PackedWeights PackSource::ToHost(bool gated, const PackTarget& target) const {
+  if (reader_) return PackToHost(*reader_, gated, target.layout, target.policy);
+  Plan(gated, target);
   return packed_;
+}
+
+void PackSource::Prepack(const std::string& name, bool gated, const PackTarget& target,
+                         const AllocatePacked& allocate) const {
+  QMOE_REQUIRE(reader_, name, " is packed already");
+  QMOE_REQUIRE(k_order().empty(), name,
+               " has a g_idx, whose order of K packed weights cannot hold; leave it as it is");
+  const PackedHeader header = Plan(gated, target);
+  void* base = allocate(name, header.bytes);
+  Write(header, {.base = static_cast<uint8_t*>(base), .write = {}});
 }
 
 }  // namespace qmoe_plugin

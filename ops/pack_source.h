@@ -6,14 +6,30 @@
 // are 64-byte aligned, and must then outlive the op; on CUDA they are uploaded in one copy.
 #pragma once
 
+#include <functional>
 #include <optional>
+#include <string>
 #include <vector>
 
+#include "ops/device.h"
 #include "ops/pack.h"
 #include "ops/packed_weights.h"
 #include "ops/weights.h"
 
 namespace qmoe_plugin {
+
+/// How weights are packed for a device.
+struct PackTarget {
+  Layout layout;
+  ScalePolicy policy;
+};
+
+/// What the kernels of a device read beside activations of this type. Throws Error for GPUs that
+/// none runs on.
+PackTarget TargetOf(const Device& device, DType activations);
+
+/// Memory for the packed bytes of the projection `name`.
+using AllocatePacked = std::function<void*(const std::string& name, size_t bytes)>;
 
 class PackSource {
  public:
@@ -35,11 +51,15 @@ class PackSource {
 
   /// The header that the packed weights will have. Throws Error if they are packed already, but for
   /// another layout, activation or type of scales.
-  PackedHeader Plan(bool gated, Layout layout, ScalePolicy policy) const;
+  PackedHeader Plan(bool gated, const PackTarget& target) const;
   /// Writes the packed weights: piece by piece, or the given bytes at once.
   void Write(const PackedHeader& header, const PackSink& sink) const;
   /// In host memory: packed now, or the given bytes themselves.
-  PackedWeights ToHost(bool gated, Layout layout, ScalePolicy policy) const;
+  PackedWeights ToHost(bool gated, const PackTarget& target) const;
+  /// Packs into memory that the caller provides, for a later PackSource(Projection). Throws Error if
+  /// the weights are packed already, or have a g_idx.
+  void Prepack(const std::string& name, bool gated, const PackTarget& target,
+               const AllocatePacked& allocate) const;
 
  private:
   std::string name_;

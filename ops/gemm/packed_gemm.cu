@@ -37,11 +37,7 @@ PackedGemm::PackedGemm(const Device& device, const GemmProblem& problem,
 }
 
 void PackedGemm::Upload(const PackSource& source) {
-  // float16 holds scales with up to 11 significant bits exactly, and 16-bit products could use no
-  // more.
-  const ScalePolicy policy =
-      problem_.dtype == DType::kFloat32 ? ScalePolicy::kFloat32 : ScalePolicy::kFloat16;
-  weights_.header = source.Plan(IsGated(activation_.type), Layout::kCudaTile16x64, policy);
+  weights_.header = source.Plan(IsGated(activation_.type), TargetOf(device_, problem_.dtype));
   weights_.shape = ShapeOf(weights_.header);
   weights_.memory =
       AllocateOnDevice(device_.index, weights_.header.bytes, "packed " + Describe(problem_));

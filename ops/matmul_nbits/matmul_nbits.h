@@ -27,6 +27,10 @@ class MatMulNBits {
 std::unique_ptr<MatMulNBits> MakeMatMulNBits(const Device& device, const MatMulConfig& config,
                                              const Projection& weights);
 
+/// Packs the weights for a device, which need not be here, under the name "B". Throws Error.
+void PrepackMatMulNBits(const Device& device, const MatMulConfig& config, const Projection& weights,
+                        const AllocatePacked& allocate);
+
 // One implementation a device; MakeMatMulNBits checks the config and calls one of them.
 std::unique_ptr<MatMulNBits> MakeCpuMatMulNBits(const MatMulConfig& config,
                                                 const PackSource& weights);

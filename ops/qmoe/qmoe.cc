@@ -52,19 +52,6 @@ Projection WithActivationScales(const Projection& p, const std::vector<float>& s
 /// Rows of a packed fc1: gates and ups together, however the model stored them.
 int64_t Fc1Rows(const MoeConfig& c) { return c.inter_size * (IsGated(c.activation.type) ? 2 : 1); }
 
-PackSource PackedSource(const MoeConfig& config, const Projection& p, int64_t n, int64_t k) {
-  const PackSource source(p);
-  QMOE_REQUIRE(source.experts() == config.experts && source.rows() == n && source.k() == k, p.name,
-               " packed weights are ", source.experts(), " x ", source.rows(), " x ", source.k(),
-               "; this node needs ", config.experts, " x ", n, " x ", k,
-               " = [experts, rows, columns]");
-  const bool scaled = config.activation_quant == ActivationQuant::kFp8;
-  QMOE_REQUIRE(source.has_sum_scale() == scaled, p.name, " weights were packed ",
-               scaled ? "without" : "with", " activation scales, which this node ",
-               scaled ? "has" : "does not have", "; prepack the model again");
-  return source;
-}
-
 }  // namespace
 
 RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights) {
@@ -85,19 +72,50 @@ RowReader MakeFc2Reader(const MoeConfig& config, const MoeWeights& weights) {
   return RowReader(WithActivationScales(weights.fc2, config.fc2_act_scales));
 }
 
+namespace {
+
+PackSource PackedSource(const MoeConfig& config, const Projection& p, int64_t n, int64_t k) {
+  const PackSource source(p);
+  QMOE_REQUIRE(source.experts() == config.experts && source.rows() == n && source.k() == k, p.name,
+               " packed weights are ", source.experts(), " x ", source.rows(), " x ", source.k(),
+               "; this node needs ", config.experts, " x ", n, " x ", k,
+               " = [experts, rows, columns]");
+  const bool scaled = config.activation_quant == ActivationQuant::kFp8;
+  QMOE_REQUIRE(source.has_sum_scale() == scaled, p.name, " weights were packed ",
+               scaled ? "without" : "with", " activation scales, which this node ",
+               scaled ? "has" : "does not have", "; prepack the model again");
+  return source;
+}
+
+PackSource Fc1Source(const MoeConfig& c, const MoeWeights& weights) {
+  if (!weights.fc1.packed.present) return PackSource(MakeFc1Reader(c, weights));
+  QMOE_REQUIRE(weights.fc1_order != RowOrder::kTwoMatrices,
+               "fc1 is packed, which has the ups in it; leave fc3 out");
+  return PackedSource(c, weights.fc1, Fc1Rows(c), c.hidden_size);
+}
+
+PackSource Fc2Source(const MoeConfig& c, const MoeWeights& weights) {
+  if (!weights.fc2.packed.present) return PackSource(MakeFc2Reader(c, weights));
+  return PackedSource(c, weights.fc2, c.hidden_size, c.inter_size);
+}
+
+}  // namespace
+
 std::unique_ptr<QMoe> MakeQMoe(const Device& device, const MoeConfig& config,
                                const MoeWeights& weights) {
   CheckConfig(config);
-  const PackSource fc1 =
-      weights.fc1.packed.present
-          ? PackedSource(config, weights.fc1, Fc1Rows(config), config.hidden_size)
-          : PackSource(MakeFc1Reader(config, weights));
-  const PackSource fc2 =
-      weights.fc2.packed.present
-          ? PackedSource(config, weights.fc2, config.hidden_size, config.inter_size)
-          : PackSource(MakeFc2Reader(config, weights));
+  const PackSource fc1 = Fc1Source(config, weights), fc2 = Fc2Source(config, weights);
   if (device.type == DeviceType::kCpu) return MakeCpuQMoe(config, fc1, fc2);
   return MakeCudaQMoe(device, config, fc1, fc2);
+}
+
+void PrepackQMoe(const Device& device, const MoeConfig& config, const MoeWeights& weights,
+                 const AllocatePacked& allocate) {
+  CheckConfig(config);
+  const PackTarget target = TargetOf(device, config.dtype);
+  const PackSource fc1 = Fc1Source(config, weights), fc2 = Fc2Source(config, weights);
+  fc1.Prepack("fc1", IsGated(config.activation.type), target, allocate);
+  fc2.Prepack("fc2", false, target, allocate);
 }
 
 }  // namespace qmoe_plugin

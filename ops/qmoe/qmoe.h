@@ -37,6 +37,11 @@ class QMoe {
 std::unique_ptr<QMoe> MakeQMoe(const Device& device, const MoeConfig& config,
                                const MoeWeights& weights);
 
+/// Packs a node's weights for a device, which need not be here: fc1 (gates and ups interleaved),
+/// then fc2. MakeQMoe takes them as Projection::packed, with fc1_order kAsStored. Throws Error.
+void PrepackQMoe(const Device& device, const MoeConfig& config, const MoeWeights& weights,
+                 const AllocatePacked& allocate);
+
 /// Readers over the packed rows of fc1 (gates and ups interleaved) and fc2, after checking that
 /// shapes agree. They read the config's activation scales too.
 RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights);

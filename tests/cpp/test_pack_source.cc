@@ -72,13 +72,11 @@ struct Bytes {
   uint8_t* begin = nullptr;
   size_t size = 0;
 
-  Bytes(const RowReader& reader, bool gated, Layout layout, ScalePolicy policy, size_t offset) {
-    const PackedHeader header = PlanPack(reader, gated, layout, policy);
-    size = header.bytes;
+  uint8_t* Allocate(size_t bytes, size_t offset) {
+    size = bytes;
     memory.resize(size + 128);
     const size_t address = reinterpret_cast<uintptr_t>(memory.data());
-    begin = memory.data() + (64 - address % 64) + offset;
-    Pack(reader, header, {.base = begin, .write = {}});
+    return begin = memory.data() + (64 - address % 64) + offset;
   }
 
   Projection Packed(const char* name) const {
@@ -87,9 +85,17 @@ struct Bytes {
   PackedHeader& header() { return *reinterpret_cast<PackedHeader*>(begin); }
 };
 
-constexpr auto kCpu = Layout::kCpuPanel16;
-constexpr auto kCuda = Layout::kCudaTile16x64;
-constexpr auto kAny = ScalePolicy::kFloat16IfExact;
+Bytes PackedBytes(const RowReader& reader, bool gated, const PackTarget& target) {
+  Bytes bytes;
+  PackSource(reader).Prepack(
+      "W", gated, target, [&](const std::string&, size_t size) { return bytes.Allocate(size, 0); });
+  return bytes;
+}
+
+const Device kCpuDevice{}, kGpu{DeviceType::kCuda, 0, 90};
+const PackTarget kCpu = TargetOf(kCpuDevice, DType::kFloat32),
+                 kCuda16 = TargetOf(kGpu, DType::kBFloat16),
+                 kCuda32 = TargetOf(kGpu, DType::kFloat32);
 
 ExecutionContext Context(std::vector<uint8_t>& workspace) {
   ExecutionContext context;
@@ -142,13 +148,17 @@ void TestMoe() {
     const std::vector<float> direct = moe.Run(moe.weights);
     EXPECT((direct == expected) == (quant == ActivationQuant::kNone), "quantising changes y");
     for (const size_t offset : {0, 4}) {
-      const Bytes fc1(MakeFc1Reader(moe.config, moe.weights), true, kCpu, kAny, offset);
-      const Bytes fc2(MakeFc2Reader(moe.config, moe.weights), false, kCpu, kAny, offset);
+      Bytes fc1, fc2;
+      PrepackQMoe(kCpuDevice, moe.config, moe.weights, [&](const std::string& name, size_t size) {
+        return (name == "fc1" ? fc1 : fc2).Allocate(size, offset);
+      });
       const MoeWeights packed{fc1.Packed("fc1"), RowOrder::kAsStored, fc2.Packed("fc2"), {}};
       EXPECT(moe.Run(packed) == direct, "packed weights give another y, offset ", offset);
       const PackSource source(packed.fc1);
-      const bool in_place = source.ToHost(true, kCpu, kAny).memory.get() == fc1.begin;
+      const bool in_place = source.ToHost(true, kCpu).memory.get() == fc1.begin;
       EXPECT(in_place == (offset == 0), "in place ", in_place, " at offset ", offset);
+      ExpectError([&] { PrepackQMoe(kCpuDevice, moe.config, packed, nullptr); },
+                  "fc1 is packed already");
       if (quant == ActivationQuant::kNone) continue;
       Moe plain;
       ExpectError([&] { plain.Run(packed); }, "fc1 weights were packed with activation scales");
@@ -160,8 +170,11 @@ void TestMatMul() {
   const Weights w("B", 1, 48, 64, 32);
   const MatMulConfig config{.n = 48, .k = 64};
   Projection bare = w.projection;
-  bare.global_scale = {};
-  const Bytes bytes(RowReader(bare), false, kCpu, kAny, 0);
+  Bytes bytes;
+  PrepackMatMulNBits(kCpuDevice, config, bare, [&](const std::string& name, size_t size) {
+    EXPECT(name == "B", name);
+    return bytes.Allocate(size, 0);
+  });
   std::vector<float> a(3 * 64, 0.5f), y[2];
   for (int i = 0; i < 2; ++i) {
     const auto op = MakeMatMulNBits(Device{}, config, i ? bytes.Packed("B") : bare);
@@ -179,7 +192,11 @@ void TestMatMul() {
   std::vector<int32_t> group(64);
   for (int k = 0; k < 64; ++k) group[size_t(k)] = k % 2;
   bare.group_index = {group.data(), DType::kInt32, {64}, true};
-  const Bytes permuted(RowReader(bare), false, kCpu, kAny, 0);
+  ExpectError([&] { PrepackMatMulNBits(kCpuDevice, config, bare, nullptr); }, "B has a g_idx");
+  const RowReader reader(bare);
+  Bytes permuted;
+  const PackedHeader header = PlanPack(reader, false, kCpu.layout, kCpu.policy);
+  Pack(reader, header, {.base = permuted.Allocate(header.bytes, 0), .write = {}});
   ExpectError([&] { PackSource{permuted.Packed("B")}; }, "packed with a g_idx");
 }
 
@@ -187,36 +204,37 @@ void TestMatMul() {
 void TestForCuda() {
   const Weights w("fc2", 3, 40, 64, 32);
   const RowReader reader(w.projection);
-  const Bytes bytes(reader, false, kCuda, ScalePolicy::kFloat16, 0);
+  const Bytes bytes = PackedBytes(reader, false, kCuda16);
   const PackSource source(bytes.Packed("fc2"));
   int writes = 0;
   const auto write = [&](size_t offset, const uint8_t* from, size_t size) {
     ++writes;
     EXPECT(offset == 0 && from == bytes.begin && size == bytes.size, "offset ", offset);
   };
-  source.Write(source.Plan(false, kCuda, ScalePolicy::kFloat16), {.base = nullptr, .write = write});
+  source.Write(source.Plan(false, kCuda16), {.base = nullptr, .write = write});
   EXPECT(writes == 1, writes, " writes");
   EXPECT(source.format().name == std::string("int4") && source.experts() == 3 &&
              source.rows() == 40 && source.k() == 64 && source.block_size() == 32 &&
              source.has_zero_points() && !source.has_sum_scale(),
          "sizes of packed weights");
-  ExpectError([&] { source.Plan(false, kCpu, kAny); },
+  ExpectError([&] { source.Plan(false, kCpu); },
               "fc2 weights were packed for CUDA GPUs from sm_80");
-  ExpectError([&] { source.Plan(true, kCuda, ScalePolicy::kFloat16); }, "without gates");
-  ExpectError([&] { source.Plan(false, kCuda, ScalePolicy::kFloat32); },
+  ExpectError([&] { source.Plan(true, kCuda16); }, "without gates");
+  ExpectError([&] { source.Plan(false, kCuda32); },
               "packed for 16-bit activations; this node has float32");
-  const Bytes wide(reader, true, kCuda, ScalePolicy::kFloat32, 0);
+  const Bytes wide = PackedBytes(reader, true, kCuda32);
   const PackSource wide_source(wide.Packed("fc2"));
-  ExpectError([&] { wide_source.Plan(true, kCuda, ScalePolicy::kFloat16); },
+  ExpectError([&] { wide_source.Plan(true, kCuda16); },
               "packed for float32 activations; this node has 16-bit");
-  ExpectError([&] { wide_source.Plan(false, kCuda, ScalePolicy::kFloat32); }, "gated activation");
+  ExpectError([&] { wide_source.Plan(false, kCuda32); }, "gated activation");
+  ExpectError([] { TargetOf({DeviceType::kCuda, 0, 75}, DType::kFloat16); }, "GPUs of sm_75");
 }
 
 void TestDamage() {
   const Weights w("fc1", 2, 32, 64, 16);
   const RowReader reader(w.projection);
   const auto expect = [&](const std::function<void(Bytes&)>& damage, const char* part) {
-    Bytes bytes(reader, false, kCpu, kAny, 0);
+    Bytes bytes = PackedBytes(reader, false, kCpu);
     damage(bytes);
     ExpectError([&] { PackSource{bytes.Packed("fc1")}; }, part);
   };
