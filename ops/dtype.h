@@ -61,10 +61,14 @@ constexpr size_t SizeOf(DType dtype) {
   return 0;
 }
 
-/// float32, float16 or bfloat16: the types that activations, scales, biases and router inputs may
-/// have.
+/// float32, float16 or bfloat16: the types that activations, biases and router inputs may have.
 constexpr bool IsFloat(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
+/// The types that scales may have.
+constexpr bool IsScale(DType dtype) {
+  return IsFloat(dtype) || dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E8M0;
 }
 
 inline float HalfToFloat(uint16_t half) {
@@ -103,13 +107,33 @@ inline uint16_t FloatToBFloat16(float value) {
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-/// Element `index` of a float32, float16 or bfloat16 array, as float.
+/// 1 sign, 4 exponent (bias 7) and 3 mantissa bits, no infinity; 0x7f and 0xff are NaN.
+constexpr float Float8E4M3ToFloat(uint8_t code) {
+  const uint32_t sign = uint32_t(code & 0x80) << 24, exponent = (code >> 3) & 15,
+                 mantissa = code & 7;
+  if ((code & 0x7f) == 0x7f) return std::bit_cast<float>(sign | 0x7fc00000u);
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(mantissa) * 0x1p-9f;
+  return std::bit_cast<float>(sign | ((exponent + 120) << 23) | (mantissa << 20));
+}
+
+/// 2^(code - 127); 255 is NaN. Code 0 is zero, as in onnxruntime's decoder, not 2^-127.
+constexpr float Float8E8M0ToFloat(uint8_t code) {
+  if (code == 0) return 0.0f;
+  return code == 255 ? std::bit_cast<float>(0x7fc00000u)
+                     : std::bit_cast<float>(uint32_t(code) << 23);
+}
+
+/// Element `index` of an array of any type of which IsScale() is true, as float.
 inline float LoadFloat(const void* data, DType dtype, size_t index) {
   switch (dtype) {
     case DType::kFloat16:
       return HalfToFloat(static_cast<const uint16_t*>(data)[index]);
     case DType::kBFloat16:
       return BFloat16ToFloat(static_cast<const uint16_t*>(data)[index]);
+    case DType::kFloat8E4M3:
+      return Float8E4M3ToFloat(static_cast<const uint8_t*>(data)[index]);
+    case DType::kFloat8E8M0:
+      return Float8E8M0ToFloat(static_cast<const uint8_t*>(data)[index]);
     default:
       return static_cast<const float*>(data)[index];
   }

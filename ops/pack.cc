@@ -80,14 +80,15 @@ class TilePacker {
     const int64_t expert = tile / shape_.row_tiles, first_row = tile % shape_.row_tiles * 16;
     std::fill(codes_.begin(), codes_.end(), uint8_t(0));
     ClearScales(out);
-    for (int i = 0; i < 16; ++i) {
-      const int64_t row = first_row + i;
-      if (row >= reader_.rows()) break;
+    const int rows = int(std::min<int64_t>(16, reader_.rows() - first_row));
+    uint8_t* code_rows[16];
+    for (int i = 0; i < rows; ++i) {
       const int tile_row = layout_.tile_row(i, gated_), slot = layout_.slot(tile_row);
-      reader_.Codes(expert, row, codes_.data() + tile_row * shape_.k_padded);
-      PackScales(expert, row, slot, out);
-      if (out.bias) reinterpret_cast<float*>(out.bias)[slot] = reader_.Bias(expert, row);
+      code_rows[i] = codes_.data() + tile_row * shape_.k_padded;
+      PackScales(expert, first_row + i, slot, out);
+      if (out.bias) reinterpret_cast<float*>(out.bias)[slot] = reader_.Bias(expert, first_row + i);
     }
+    reader_.Codes(expert, first_row, rows, code_rows);
     layout_.encode_tile(reader_.format(), codes_.data(), shape_.k_padded, out.codes);
   }
 
@@ -111,7 +112,7 @@ class TilePacker {
       for (int64_t g = 0; g < reader_.groups(); ++g)
         StoreFloat(out.block_scales, dtype, size_t(g * 16 + slot), scales_[g] / row_scale);
     }
-    reinterpret_cast<float*>(out.row_scales)[slot] = row_scale;
+    reinterpret_cast<float*>(out.row_scales)[slot] = row_scale * reader_.SumScale(expert);
     if (!out.zero_offsets) return;
     reader_.ZeroOffsets(expert, row, offsets_.data());
     for (int64_t g = 0; g < reader_.groups(); ++g)
@@ -203,6 +204,8 @@ void PackStaged(const RowReader& reader, const PackedHeader& header, const PackS
   });
 }
 
+}  // namespace
+
 std::shared_ptr<uint8_t> AllocateHost(size_t bytes) {
   const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   const bool large = bytes >= kHugePage;  // huge pages only pay, and only fit, from there on
@@ -214,8 +217,6 @@ std::shared_ptr<uint8_t> AllocateHost(size_t bytes) {
     madvise(memory, rounded, MADV_HUGEPAGE);  // a hint; 15 to 20 % of decode speed where granted
   return {static_cast<uint8_t*>(memory), [](uint8_t* p) { std::free(p); }};
 }
-
-}  // namespace
 
 bool RegisterTileLayout(const TileLayout& layout) {
   TileLayouts().push_back(layout);
@@ -243,7 +244,9 @@ PackedHeader PlanPack(const RowReader& reader, bool gated, Layout layout, ScaleP
   header.block_size = uint32_t(reader.block_size());
   header.flags = (gated ? PackedHeader::kGated : 0u) |
                  (reader.has_zero_points() ? PackedHeader::kZeroOffsets : 0u) |
-                 (reader.has_bias() ? PackedHeader::kBias : 0u);
+                 (reader.has_bias() ? PackedHeader::kBias : 0u) |
+                 (reader.has_sum_scale() ? PackedHeader::kSumScale : 0u) |
+                 (reader.k_order().empty() ? 0u : PackedHeader::kPermutedK);
   header.scale_dtype = uint16_t(half ? DType::kFloat16 : DType::kFloat32);
   SealHeader(header);
   return header;

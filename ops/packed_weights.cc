@@ -1,6 +1,7 @@
 #include "ops/packed_weights.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "ops/error.h"
@@ -24,8 +25,24 @@ uint64_t Checksum(PackedHeader header) {
   return hash;
 }
 
-std::string FormatName(const PackedHeader& header) {
-  return std::string(header.format, strnlen(header.format, sizeof header.format));
+void CheckIntact(const PackedHeader& header) {
+  if (std::memcmp(header.magic, PackedHeader::kMagic, sizeof header.magic) != 0)
+    FailInvalid("these bytes are not packed weights (wrong magic)");
+  if (header.version != PackedHeader::kVersion)
+    FailInvalid("packed weights are of version ", header.version, "; this build reads version ",
+                PackedHeader::kVersion, "; pack them again");
+  if (header.checksum != Checksum(header))
+    FailInvalid("the header of packed weights is damaged; pack them again");
+}
+
+/// Whether ShapeOf() can be asked without overflowing, and kernels can trust the answer.
+bool Plausible(const PackedHeader& h) {
+  const bool block = h.block_size == 0 || (std::has_single_bit(h.block_size) &&
+                                           h.block_size >= 16 && h.block_size <= 65536);
+  const bool scales =
+      DType(h.scale_dtype) == DType::kFloat16 || DType(h.scale_dtype) == DType::kFloat32;
+  const double codes = double(h.experts) * (double(h.rows) + 16) * (double(h.k) + 65536);
+  return block && scales && h.experts > 0 && h.rows > 0 && h.k > 0 && codes < 0x1p52;
 }
 
 }  // namespace
@@ -40,8 +57,16 @@ const char* Name(Layout layout) {
   return "unknown layout";
 }
 
+const char* DeviceOf(Layout layout) {
+  return layout == Layout::kCudaTile16x64 ? "CUDA GPUs from sm_80" : "CPUs";
+}
+
+std::string PackedHeader::FormatName() const {
+  return std::string(format, strnlen(format, sizeof format));
+}
+
 PackedShape ShapeOf(const PackedHeader& header) {
-  const Format& format = GetFormat(FormatName(header));
+  const Format& format = GetFormat(header.FormatName());
   const int64_t multiple =
       std::max<int64_t>(GetTileLayout(header.layout).k_multiple, header.block_size);
   PackedShape shape{};
@@ -77,18 +102,36 @@ void SealHeader(PackedHeader& header) {
 }
 
 void CheckHeader(const PackedHeader& header, Layout layout, const char* format) {
-  if (std::memcmp(header.magic, PackedHeader::kMagic, sizeof header.magic) != 0)
-    FailInvalid("these bytes are not packed weights (wrong magic)");
-  if (header.version != PackedHeader::kVersion)
-    FailInvalid("packed weights are of version ", header.version, "; this build reads version ",
-                PackedHeader::kVersion, "; pack them again");
-  if (header.checksum != Checksum(header))
-    FailInvalid("the header of packed weights is damaged; pack them again");
+  CheckIntact(header);
   if (header.layout != layout)
     FailInvalid("packed weights have layout ", Name(header.layout), "; this kernel reads ",
                 Name(layout));
-  if (FormatName(header) != format)
-    FailInvalid("packed weights have format ", FormatName(header), "; this kernel reads ", format);
+  if (header.FormatName() != format)
+    FailInvalid("packed weights have format ", header.FormatName(), "; this kernel reads ", format);
+}
+
+PackedWeights LoadPacked(const void* bytes, size_t size) {
+  PackedWeights packed{};
+  QMOE_REQUIRE(size >= sizeof packed.header, "packed weights have ", size,
+               " bytes, less than their header");
+  std::memcpy(&packed.header, bytes, sizeof packed.header);
+  CheckIntact(packed.header);
+  GetTileLayout(packed.header.layout);    // throws if it is unknown
+  GetFormat(packed.header.FormatName());  // likewise
+  QMOE_REQUIRE(Plausible(packed.header),
+               "the header of packed weights makes no sense; pack them again");
+  packed.shape = ShapeOf(packed.header);
+  QMOE_REQUIRE(packed.header.bytes == packed.shape.total && size == packed.shape.total,
+               "packed weights have ", size, " bytes, but their header stands for ",
+               packed.shape.total, "; the file is damaged, pack them again");
+  if (reinterpret_cast<uintptr_t>(bytes) % 64 == 0) {  // without an owner
+    packed.memory = {std::shared_ptr<void>(),
+                     const_cast<uint8_t*>(static_cast<const uint8_t*>(bytes))};
+  } else {
+    packed.memory = AllocateHost(size);
+    std::memcpy(packed.memory.get(), bytes, size);
+  }
+  return packed;
 }
 
 }  // namespace qmoe_plugin

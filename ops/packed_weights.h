@@ -10,7 +10,8 @@
 //   zero_offsets [E, Tn, G or 1, 16]          same type; only if the model gives zero points
 //   row_scales   [E, Tn, 16]                  float32, one factor a row, applied to the accumulator:
 //                                             the scale of a per-channel row, or the power of two
-//                                             that was taken out of the row's block scales
+//                                             that was taken out of the row's block scales;
+//                                             times the scale of the activations, if one is given
 //   bias         [E, Tn, 16]                  float32; only if the model gives a bias
 //
 // w = (centered(code) + zero_offset) * block_scale * row_scale. Padding codes decode to anything;
@@ -38,12 +39,20 @@ enum class Layout : uint16_t {
 };
 
 const char* Name(Layout layout);
+/// What kernels with this layout run on: "CUDA GPUs from sm_80", "CPUs".
+const char* DeviceOf(Layout layout);
 
 /// The first 64 bytes of packed weights. Integers are little endian.
 struct PackedHeader {
   static constexpr char kMagic[8] = {'Q', 'M', 'O', 'E', 'P', 'A', 'C', 'K'};
   static constexpr uint16_t kVersion = 1;
-  enum Flags : uint32_t { kGated = 1, kZeroOffsets = 2, kBias = 4 };
+  enum Flags : uint32_t {
+    kGated = 1,
+    kZeroOffsets = 2,
+    kBias = 4,
+    kSumScale = 8,   // a scale of the activations is in row_scales
+    kPermutedK = 16  // K is not as stored (g_idx): only of use to who packed them
+  };
 
   char magic[8];
   uint16_t version;
@@ -58,6 +67,8 @@ struct PackedHeader {
   uint16_t reserved;
   uint64_t bytes;     // all of it, header included
   uint64_t checksum;  // of the header with this field zero
+
+  std::string FormatName() const;
 };
 static_assert(sizeof(PackedHeader) == 64);
 
@@ -93,6 +104,11 @@ struct PackedWeights {
 
 /// Throws Error unless the header is intact and of this version, layout and format.
 void CheckHeader(const PackedHeader& header, Layout layout, const char* format);
+
+/// Packed weights that lie in memory, such as a mapped model file: used in place where they are
+/// aligned to 64 bytes, else copied. Throws Error if they are not packed weights, not whole, of
+/// another version, damaged in the header, or of a format or layout that this build does not know.
+PackedWeights LoadPacked(const void* bytes, size_t size);
 
 /// Fills magic, version, bytes and checksum.
 void SealHeader(PackedHeader& header);

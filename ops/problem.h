@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <vector>
 
 #include "ops/device.h"
 #include "ops/dtype.h"
@@ -32,6 +33,14 @@ struct ActivationParams {
   float limit = std::numeric_limits<float>::infinity();
 };
 
+/// What is done to the activations that a GEMM reads (x before fc1, the activated values before
+/// fc2): they are quantised to e4m3 and dequantised, ops/qmoe/activation_quant.h says how.
+enum class ActivationQuant {
+  kNone,
+  kMxFp8,  // a power of two for each 32 values along K, found at run time (OCP MX)
+  kFp8,    // a given scale an expert
+};
+
 /// How accurate the arithmetic must be (attribute accuracy_level): 0 to 2 exact activations, 3
 /// allows bf16, 4 int8.
 using AccuracyLevel = int;
@@ -47,6 +56,10 @@ struct MoeConfig {
   bool use_sparse_mixer = false;  // topk must be 2
   ActivationParams activation;
   AccuracyLevel accuracy_level = 0;
+  ActivationQuant activation_quant = ActivationQuant::kNone;
+  /// Scales of each expert's activations in fc1 and fc2, which become e4m3(x / scale) * scale: E
+  /// positive values each for kFp8, else empty.
+  std::vector<float> fc1_act_scales, fc2_act_scales;
 };
 
 /// The weights of a QMoE node as the model stores them.

@@ -31,12 +31,15 @@ class Encoder {
     values_.resize(size_t(levels_));
     for (int code = 0; code < levels_; ++code)
       values_[code] = double(format.centered[code]) + double(format.default_zero_point);
-    lowest_ = *std::min_element(format.centered, format.centered + levels_);
-    highest_ = *std::max_element(format.centered, format.centered + levels_);
     for (int code = 0; code < levels_; ++code) is_integer_ = is_integer_ && values_[code] == code;
-    for (int code = 0; code < levels_; ++code) order_.push_back(code);
-    std::stable_sort(order_.begin(), order_.end(),
-                     [this](int a, int b) { return values_[a] < values_[b]; });
+    for (int code = 0; code < levels_; ++code)
+      if (values_[code] == values_[code]) order_.push_back(code);  // NaN is never chosen
+    const auto less = [this](int a, int b) { return values_[a] < values_[b]; };
+    std::stable_sort(order_.begin(), order_.end(), less);
+    const auto same = [this](int a, int b) { return values_[a] == values_[b]; };
+    order_.erase(std::unique(order_.begin(), order_.end(), same), order_.end());  // 0 before -0
+    lowest_ = format.centered[order_.front()];
+    highest_ = format.centered[order_.back()];
   }
 
   float lowest() const { return lowest_; }
@@ -55,7 +58,7 @@ class Encoder {
     const auto at =
         std::lower_bound(order_.begin(), order_.end(), double(wanted),
                          [this](int code, double value) { return values_[code] < value; });
-    const int64_t right = std::clamp<int64_t>(at - order_.begin(), 1, levels_ - 1);
+    const int64_t right = std::clamp<int64_t>(at - order_.begin(), 1, int64_t(order_.size()) - 1);
     const double below = wanted - values_[order_[right - 1]],
                  above = values_[order_[right]] - wanted;
     const bool take_right = above < below || (above == below && order_[right] % 2 == 0);
@@ -65,7 +68,7 @@ class Encoder {
  private:
   int levels_;
   std::vector<double> values_;  // of each code
-  std::vector<int> order_;      // codes by value
+  std::vector<int> order_;      // codes that are numbers by value, the first of equal ones
   float lowest_ = 0, highest_ = 0;
   bool is_integer_ = true;  // codes decode to themselves
 };

@@ -21,36 +21,51 @@ std::string ShapeText(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-/// Bytes along K of one stored row of codes.
-int64_t CodeBytes(const Projection& p) {
-  const int64_t rank = int64_t(p.codes.shape.size());
-  return rank == 0 ? 0 : p.codes.shape[rank - 1];
-}
-
 void CheckCodes(const Projection& p) {
   const int bits = p.format->bits;
   const int64_t tight = CeilDiv(p.k * bits, 8);
   const int64_t padded = p.block_size ? p.groups() * p.block_size * bits / 8 : tight;
   QMOE_REQUIRE(p.codes.present, p.name, " weights are missing");
-  QMOE_REQUIRE(p.codes.dtype == DType::kUint8, p.name, " weights are ", Name(p.codes.dtype),
-               "; raw ", p.format->name, " weights must be uint8");
-  const std::vector<int64_t> shape{p.experts, p.n, tight}, padded_shape{p.experts, p.n, padded};
-  QMOE_REQUIRE(p.codes.shape == shape || p.codes.shape == padded_shape, p.name,
-               " weights have shape ", ShapeText(p.codes.shape), "; raw ", p.format->name,
-               " weights of this node must be ", ShapeText(shape),
-               " = [experts, rows, columns * bits / 8]");
+  const bool float8 = p.codes.dtype == DType::kFloat8E4M3 && p.format->is_float && bits == 8;
+  QMOE_REQUIRE(p.codes.dtype == DType::kUint8 || float8, p.name, " weights are ",
+               Name(p.codes.dtype), "; ", p.format->name, " weights must be uint8",
+               p.format->is_float && bits == 8 ? " or float8e4m3fn" : "");
+  const std::string refusal = RefuseStoredLayout(p.layout, p.n, p.k, bits);
+  QMOE_REQUIRE(refusal.empty(), p.name, " weights cannot be ", Name(p.layout), ": ", refusal);
+  const std::vector<int64_t> raw{p.experts, p.n, tight}, raw_padded{p.experts, p.n, padded};
+  const std::vector<int64_t> k_major{p.experts, p.k, CeilDiv(p.n * bits, 8)};
+  const bool is_raw =
+      p.codes.shape == raw || (p.layout == StoredLayout::kRaw && p.codes.shape == raw_padded);
+  const bool ok = p.layout == StoredLayout::kRaw      ? is_raw
+                  : p.layout == StoredLayout::kKMajor ? p.codes.shape == k_major
+                                                      : is_raw || p.codes.shape == k_major;
+  QMOE_REQUIRE(ok, p.name, " weights have shape ", ShapeText(p.codes.shape), "; ", Name(p.layout),
+               " ", p.format->name, " weights of this node must be ",
+               p.layout == StoredLayout::kRaw
+                   ? ShapeText(raw) + " = [experts, rows, columns * bits / 8]"
+                   : ShapeText(k_major) + " = [experts, columns, rows * bits / 8]");
 }
 
 void CheckScales(const Projection& p) {
+  if (p.global_scale.present) {
+    const std::vector<int64_t> shape{p.experts};
+    QMOE_REQUIRE(p.global_scale.dtype == DType::kFloat32 && p.global_scale.shape == shape, p.name,
+                 " global scale is ", p.global_scale.Describe(), "; it must be float32",
+                 ShapeText(shape), ", one factor an expert");
+    if (!p.scales.present && p.block_size == 0) return;
+  }
   QMOE_REQUIRE(p.scales.present, p.name, " scales are missing; ", p.format->name,
                " weights need scales of shape [experts, rows] or [experts, rows, blocks]");
-  QMOE_REQUIRE(IsFloat(p.scales.dtype), p.name, " scales are ", Name(p.scales.dtype),
-               "; allowed are float32, float16 and bfloat16");
-  const std::vector<int64_t> with_groups{p.experts, p.n, p.groups()}, per_row{p.experts, p.n};
+  QMOE_REQUIRE(IsScale(p.ScaleType()), p.name, " scales are ", Name(p.scales.dtype),
+               "; allowed are float32, float16, bfloat16, float8e4m3fn and float8e8m0");
+  const int64_t rows = CeilDiv(p.n, p.scale_rows);
+  const std::vector<int64_t> with_groups{p.experts, rows, p.groups()}, per_row{p.experts, rows};
   const bool ok = p.scales.shape == with_groups || (p.groups() == 1 && p.scales.shape == per_row);
-  QMOE_REQUIRE(ok, p.name, " scales have shape ", ShapeText(p.scales.shape), "; with ",
-               p.block_size ? Concat("block_size ", p.block_size) : "one scale a row",
-               " they must be ", ShapeText(with_groups), " = [experts, rows, blocks]");
+  QMOE_REQUIRE(
+      ok, p.name, " scales have shape ", ShapeText(p.scales.shape), "; with ",
+      p.block_size ? Concat("block_size ", p.block_size) : "one scale a row", " they must be ",
+      ShapeText(with_groups),
+      p.scale_rows == 1 ? " = [experts, rows, blocks]" : " = [experts, row blocks, blocks]");
 }
 
 void CheckProjection(const Projection& p) {
@@ -65,10 +80,18 @@ void CheckProjection(const Projection& p) {
   QMOE_REQUIRE(p.block_size == 0 || (power_of_two && p.block_size >= 16 && p.block_size <= 65536),
                p.name, " block_size is ", p.block_size,
                "; it must be a power of two from 16 to 65536");
+  QMOE_REQUIRE(p.scale_rows == 1 || p.scale_rows == p.block_size, p.name, " shares scales among ",
+               p.scale_rows, " rows; blocks are one row high, or square");
   CheckCodes(p);
   CheckScales(p);
   QMOE_REQUIRE(p.format->zero_points || !p.zero_points.present, p.name,
                " has zero points, but format ", p.format->name, " takes none; remove them");
+  if (p.sum_scale.present) {
+    const std::vector<int64_t> shape{p.experts};
+    QMOE_REQUIRE(p.sum_scale.dtype == DType::kFloat32 && p.sum_scale.shape == shape, p.name,
+                 " activation scales are ", p.sum_scale.Describe(), "; they must be float32",
+                 ShapeText(shape), ", one an expert");
+  }
   if (p.bias.present) {
     const std::vector<int64_t> shape{p.experts, p.n};
     QMOE_REQUIRE(IsFloat(p.bias.dtype) && p.bias.shape == shape, p.name, " bias is ",
@@ -79,21 +102,6 @@ void CheckProjection(const Projection& p) {
 uint32_t BitsAt(const uint8_t* bytes, int64_t index, int bits) {
   const int64_t bit = index * bits;
   return (uint32_t(bytes[bit / 8]) >> (bit % 8)) & ((1u << bits) - 1);
-}
-
-/// Expands the first `count` codes of a packed row into bytes.
-void Unpack(const uint8_t* packed, int bits, int64_t count, uint8_t* out) {
-  if (bits == 8) {
-    std::copy_n(packed, count, out);
-  } else if (bits == 4) {
-    for (int64_t i = 0; i < count / 2; ++i) {
-      out[2 * i] = packed[i] & 0xf;
-      out[2 * i + 1] = packed[i] >> 4;
-    }
-    if (count % 2) out[count - 1] = packed[count / 2] & 0xf;
-  } else {
-    for (int64_t i = 0; i < count; ++i) out[i] = uint8_t(BitsAt(packed, i, bits));
-  }
 }
 
 }  // namespace
@@ -210,26 +218,60 @@ RowReader::Place RowReader::Locate(int64_t row) const {
   return {&parts_[0], row};
 }
 
-void RowReader::Codes(int64_t expert, int64_t row, uint8_t* out) const {
-  const auto [p, stored] = Locate(row);
-  const uint8_t* packed =
-      static_cast<const uint8_t*>(p->codes.data) + (expert * p->n + stored) * CodeBytes(*p);
-  if (k_order_.empty()) {
-    Unpack(packed, p->format->bits, p->k, out);
-    return;
+void RowReader::Codes(int64_t expert, int64_t row, int count, uint8_t* const* out) const {
+  // Gates and ups that lie apart are two runs of stored rows.
+  const int runs = order_ == RowOrder::kAsStored ? 1 : 2;
+  for (int run = 0; run < std::min(runs, count); ++run) {
+    uint8_t* targets[kMaxRows];
+    int rows = 0;
+    for (int i = run; i < count; i += runs) targets[rows++] = out[i];
+    const auto [p, stored] = Locate(row + run);
+    const int64_t matrix_bytes = int64_t(p->codes.bytes()) / p->experts;
+    ReadStoredRows(p->layout, static_cast<const uint8_t*>(p->codes.data) + expert * matrix_bytes,
+                   p->n, p->k, p->format->bits, matrix_bytes / p->n, stored, rows, targets);
   }
+  for (int i = 0; i < count; ++i) {
+    if (!k_order_.empty()) ReorderCodes(out[i]);
+    if (format().has_nan) RefuseNaN(expert, row + i, out[i]);
+  }
+}
+
+/// Brings the codes of a row into k_order(), in place.
+void RowReader::ReorderCodes(uint8_t* codes) const {
+  const std::vector<uint8_t> stored(codes, codes + parts_[0].k);
   for (size_t k = 0; k < k_order_.size(); ++k)
-    out[k] = k_order_[k] < 0 ? 0 : uint8_t(BitsAt(packed, k_order_[k], p->format->bits));
+    codes[k] = k_order_[k] < 0 ? 0 : stored[size_t(k_order_[k])];
+}
+
+void RowReader::RefuseNaN(int64_t expert, int64_t row, const uint8_t* codes) const {
+  const float* values = format().centered;
+  bool found = false;
+  for (int64_t k = 0; k < packed_k_; ++k) found |= std::isnan(values[codes[k]]);
+  if (!found) return;
+  const auto [p, stored] = Locate(row);
+  for (int64_t k = 0; k < packed_k_; ++k)
+    QMOE_REQUIRE(!std::isnan(values[codes[k]]), p->name, " weight of expert ", expert, ", row ",
+                 stored, ", column ", k_order_.empty() ? k : k_order_[size_t(k)], " is NaN (code ",
+                 int(codes[k]), "); weights must be finite");
 }
 
 void RowReader::Scales(int64_t expert, int64_t row, float* out) const {
   const auto [p, stored] = Locate(row);
-  const int64_t stored_groups = p->groups(), base = (expert * p->n + stored) * stored_groups;
+  const int64_t stored_groups = p->groups();
+  const int64_t base =
+      (expert * CeilDiv(p->n, p->scale_rows) + stored / p->scale_rows) * stored_groups;
+  const float global = p->global_scale.present
+                           ? LoadFloat(p->global_scale.data, DType::kFloat32, size_t(expert))
+                           : 1.0f;
   for (int64_t group = 0; group < groups_; ++group) {
     const int64_t source = group_order_.empty() ? group : group_order_[group];
-    out[group] = LoadFloat(p->scales.data, p->scales.dtype, size_t(base + source));
+    const float scale =
+        p->scales.present ? LoadFloat(p->scales.data, p->ScaleType(), size_t(base + source)) : 1.0f;
+    out[group] = scale * global;
     QMOE_REQUIRE(std::isfinite(out[group]), p->name, " scale of expert ", expert, ", row ", stored,
-                 ", block ", source, " is ", out[group], "; scales must be finite");
+                 ", block ", source, " is ", scale,
+                 p->global_scale.present ? Concat(" times global scale ", global) : "",
+                 "; scales must be finite");
   }
 }
 
@@ -270,6 +312,11 @@ float RowReader::Bias(int64_t expert, int64_t row) const {
   const auto [p, stored] = Locate(row);
   if (!p->bias.present) return 0.0f;
   return LoadFloat(p->bias.data, p->bias.dtype, size_t(expert * p->n + stored));
+}
+
+float RowReader::SumScale(int64_t expert) const {
+  const TensorView& scale = parts_[0].sum_scale;
+  return scale.present ? LoadFloat(scale.data, scale.dtype, size_t(expert)) : 1.0f;
 }
 
 }  // namespace qmoe_plugin

@@ -12,6 +12,7 @@
 
 #include "ops/dtype.h"
 #include "ops/formats/format.h"
+#include "ops/stored_layout.h"
 
 namespace qmoe_plugin {
 
@@ -29,24 +30,34 @@ struct TensorView {
   std::string Describe() const;  // "uint8[4, 64, 32]"
 };
 
-/// One quantised matrix per expert, y = x W^T + bias, in the raw layout of com.microsoft QMoE and
-/// MatMulNBits. G = ceil(K / block_size) blocks along K, or one per row when block_size is 0 (per
-/// channel).
+/// One quantised matrix per expert, y = x W^T + bias, as com.microsoft QMoE and MatMulNBits store it.
+/// G = ceil(K / block_size) blocks along K, or one per row when block_size is 0 (per channel);
+/// R = ceil(N / scale_rows) rows of scales.
 struct Projection {
   std::string name;  // "fc1", for messages
   const Format* format = nullptr;
   int64_t experts = 1;     // E; 1 for MatMulNBits
   int64_t n = 0, k = 0;    // output and input features
   int64_t block_size = 0;  // codes along K that share a scale; 0 = the whole row
-  TensorView codes;  // uint8 [E, N, ceil(stored K * bits / 8)], low bits first; stored K = K or G *
-                     // block_size
-  TensorView scales;       // float types [E, N] or [E, N, G]
-  TensorView zero_points;  // optional: uint8 packed along the last axis, [E, N, ceil(G * bits /
-                           // 8)], per channel [E, ceil(N * bits / 8)]; or one value a block, [E, N,
-                           // G] in uint8 or a float type
-  TensorView bias;         // optional, float types [E, N]
-  TensorView group_index;  // optional, int32 [K]: block of each k (g_idx of MatMulNBits)
+  int64_t scale_rows = 1;  // rows that share a scale; block_size for square blocks
+  StoredLayout layout = StoredLayout::kRaw;
+  /// uint8 (or float8e4m3fn for 8-bit floats) [E, N, ceil(stored K * bits / 8)], stored K = K or G * block_size;
+  /// for other layouts than kRaw also [E, K, N * bits / 8].
+  TensorView codes = {};
+  /// Float types, float8e4m3fn or float8e8m0 (or uint8, read as float8e8m0, if scales_are_e8m0), [E, R, G] or, if G is
+  /// 1, [E, R]. May be absent where there is a global scale.
+  TensorView scales = {};
+  bool scales_are_e8m0 = false;
+  /// Optional, integer formats: uint8 packed along the last axis, [E, N, ceil(G * bits / 8)], per channel
+  /// [E, ceil(N * bits / 8)]; or one value a block, [E, N, G] in uint8 or a float type.
+  TensorView zero_points = {};
+  TensorView bias = {};          // optional, float types [E, N]
+  TensorView global_scale = {};  // optional, float32 [E]: factor on all scales of an expert
+  TensorView sum_scale = {};     // optional, float32 [E]: factor on y, but not on the bias
+  TensorView group_index = {};   // optional, int32 [K]: block of each k (g_idx of MatMulNBits)
+  TensorView packed = {};        // instead of all others: uint8 [bytes], see ops/pack_source.h
 
+  DType ScaleType() const { return scales_are_e8m0 ? DType::kFloat8E8M0 : scales.dtype; }
   int64_t groups() const { return block_size ? (k + block_size - 1) / block_size : 1; }
 };
 
@@ -82,12 +93,18 @@ class RowReader {
   const std::vector<int32_t>& k_order() const { return k_order_; }
 
   /// Codes of one row, [k()].
-  void Codes(int64_t expert, int64_t row, uint8_t* out) const;
+  void Codes(int64_t expert, int64_t row, uint8_t* out) const { Codes(expert, row, 1, &out); }
+  /// Codes of rows row, row + 1, ... into out[0], out[1], ...: at most kMaxRows, which is faster.
+  void Codes(int64_t expert, int64_t row, int count, uint8_t* const* out) const;
+  static constexpr int kMaxRows = 16;
   /// Scales of one row, [groups()].
   void Scales(int64_t expert, int64_t row, float* out) const;
   /// default_zero_point - zero_point of one row, [groups()]; zeros if there are no zero points.
   void ZeroOffsets(int64_t expert, int64_t row, float* out) const;
   float Bias(int64_t expert, int64_t row) const;
+  /// Factor on the sums of an expert, 1 unless Projection::sum_scale is given.
+  float SumScale(int64_t expert) const;
+  bool has_sum_scale() const { return parts_[0].sum_scale.present; }
 
  private:
   struct Place {  // where a packed row is stored
@@ -104,6 +121,8 @@ class RowReader {
 
   Place Locate(int64_t row) const;
   void BuildKOrder();
+  void ReorderCodes(uint8_t* codes) const;
+  void RefuseNaN(int64_t expert, int64_t row, const uint8_t* codes) const;
   static ZeroPoints ZeroPointsOf(const Projection& projection);
 
   std::vector<Projection> parts_;

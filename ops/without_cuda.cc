@@ -19,13 +19,13 @@ bool BuiltWithCuda() { return false; }
 int CudaDeviceCount() { return 0; }
 Device CudaDevice(int) { FailWithoutCuda(); }
 
-std::unique_ptr<QMoe> MakeCudaQMoe(const Device&, const MoeConfig&, const RowReader&,
-                                   const RowReader&) {
+std::unique_ptr<QMoe> MakeCudaQMoe(const Device&, const MoeConfig&, const PackSource&,
+                                   const PackSource&) {
   FailWithoutCuda();
 }
 
 std::unique_ptr<MatMulNBits> MakeCudaMatMulNBits(const Device&, const MatMulConfig&,
-                                                 const RowReader&) {
+                                                 const PackSource&) {
   FailWithoutCuda();
 }
 

@@ -18,16 +18,16 @@ constexpr int64_t kLoadRows = 8;
 
 class CpuMatMulNBits : public MatMulNBits {
  public:
-  CpuMatMulNBits(const MatMulConfig& config, const RowReader& reader)
+  CpuMatMulNBits(const MatMulConfig& config, const PackSource& source)
       : config_(config),
-        k_order_(reader.k_order()),
-        matrix_(reader, {.stage = GemmStage::kDense,
+        k_order_(source.k_order()),
+        matrix_(source, {.stage = GemmStage::kDense,
                          .dtype = config.dtype,
-                         .format = &reader.format(),
+                         .format = &source.format(),
                          .n = config.n,
                          .k = config.k,
-                         .block_size = reader.block_size(),
-                         .zero_points = reader.has_zero_points(),
+                         .block_size = source.block_size(),
+                         .zero_points = source.has_zero_points(),
                          .accuracy_level = config.accuracy_level}) {}
 
   size_t WorkspaceBytes(int64_t m) const override {
@@ -110,7 +110,7 @@ class CpuMatMulNBits : public MatMulNBits {
 }  // namespace
 
 std::unique_ptr<MatMulNBits> MakeCpuMatMulNBits(const MatMulConfig& config,
-                                                const RowReader& weights) {
+                                                const PackSource& weights) {
   return std::make_unique<CpuMatMulNBits>(config, weights);
 }
 

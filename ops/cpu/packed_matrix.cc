@@ -1,16 +1,14 @@
 #include "ops/cpu/packed_matrix.h"
 
-#include "ops/pack.h"
 #include "ops/registry.h"
 
 namespace qmoe_plugin::cpu {
 
-PackedMatrix::PackedMatrix(const RowReader& reader, const GemmProblem& problem) {
+PackedMatrix::PackedMatrix(const PackSource& source, const GemmProblem& problem) {
   const Device cpu{DeviceType::kCpu};
   const Kernel& kernel = Select(cpu, problem);
   kernel_ = static_cast<const CpuGemm*>(kernel.launch);
-  weights_ =
-      PackToHost(reader, IsGated(problem.activation), kernel.layout, ScalePolicy::kFloat16IfExact);
+  weights_ = source.ToHost(IsGated(problem.activation), TargetOf(cpu, problem.dtype));
 }
 
 int64_t PackedMatrix::Multiply(int64_t expert, int64_t task, const Rows& rows, float* y,

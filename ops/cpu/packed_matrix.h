@@ -9,8 +9,7 @@
 
 #include "ops/cpu/gemm.h"
 #include "ops/cpu/layout.h"
-#include "ops/packed_weights.h"
-#include "ops/weights.h"
+#include "ops/pack_source.h"
 
 namespace qmoe_plugin::cpu {
 
@@ -29,8 +28,8 @@ constexpr bool FitsCache(int64_t ldx) { return ldx % 512 != 0; }
 /// The weights of all experts of one projection.
 class PackedMatrix {
  public:
-  /// Selects the kernel for the problem and packs. Throws Error.
-  PackedMatrix(const RowReader& reader, const GemmProblem& problem);
+  /// Selects the kernel for the problem and packs, if need be. Throws Error.
+  PackedMatrix(const PackSource& source, const GemmProblem& problem);
 
   const CpuIsa& isa() const { return *kernel_->isa; }
   const PackedHeader& header() const { return weights_.header; }

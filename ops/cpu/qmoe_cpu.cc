@@ -6,13 +6,14 @@
 //   4. add up each token's rows, times their factors, in the order of j
 //
 // Between fc1 and fc2 values stay float32: exacter than rounding to the activation type as the
-// stock ops do, and nothing is gained by rounding. No sum depends on the tasks, so neither does any
+// stock ops do, and nothing is gained by rounding (unless they are quantised, see QuantizeHidden). No sum depends on the tasks, so neither does any
 // bit of the result. Long prompts go through in chunks, which bounds the workspace.
 #include <algorithm>
 #include <numeric>
 
 #include "ops/cpu/packed_matrix.h"
 #include "ops/cpu/routing.h"
+#include "ops/qmoe/activation_quant.h"
 #include "ops/qmoe/qmoe.h"
 
 namespace qmoe_plugin {
@@ -46,29 +47,31 @@ struct Scratch {
   int32_t* starts;      // [E] its first row
   int32_t* order;       // [E] experts, most rows first
   RowBlock* blocks;     // [R / kTaskRows + E]
+  float* expert_x;      // [R, ldx] x quantised for the row's expert, where experts differ
   float* h;             // [R, ldh] activated fc1
   float* y;             // [R, fc2 columns]
 };
 
-GemmProblem Problem(const MoeConfig& config, const RowReader& reader, GemmStage stage) {
+GemmProblem Problem(const MoeConfig& config, const PackSource& source, GemmStage stage) {
   return {.stage = stage,
           .dtype = config.dtype,
-          .format = &reader.format(),
+          .format = &source.format(),
           .experts = config.experts,
-          .n = reader.rows(),
-          .k = reader.k(),
-          .block_size = reader.block_size(),
-          .zero_points = reader.has_zero_points(),
+          .n = source.rows(),
+          .k = source.k(),
+          .block_size = source.block_size(),
+          .zero_points = source.has_zero_points(),
           .activation = stage == GemmStage::kFc1 ? config.activation.type : Activation::kIdentity,
           .accuracy_level = config.accuracy_level};
 }
 
 class CpuQMoe : public QMoe {
  public:
-  CpuQMoe(const MoeConfig& config, const RowReader& fc1, const RowReader& fc2)
+  CpuQMoe(const MoeConfig& config, const PackSource& fc1, const PackSource& fc2)
       : config_(config),
         fc1_(fc1, Problem(config, fc1, GemmStage::kFc1)),
-        fc2_(fc2, Problem(config, fc2, GemmStage::kFc2)) {}
+        fc2_(fc2, Problem(config, fc2, GemmStage::kFc2)),
+        quantize_by_expert_(DifferByExpert(config.fc1_act_scales)) {}
 
   size_t WorkspaceBytes(int64_t tokens) const override {
     Arena arena(nullptr);
@@ -99,6 +102,7 @@ class CpuQMoe : public QMoe {
             .starts = arena.Take<int32_t>(experts),
             .order = arena.Take<int32_t>(experts),
             .blocks = arena.Take<RowBlock>(routes / kTaskRows + experts),
+            .expert_x = arena.Take<float>(quantize_by_expert_ ? routes * ldx_ : 0),
             .h = arena.Take<float>(routes * ldh_),
             .y = arena.Take<float>(routes * fc2_.columns())};
   }
@@ -126,6 +130,9 @@ class CpuQMoe : public QMoe {
       for (int64_t t = int64_t(i) * kRouteTokens; t < last; ++t) LoadToken(chunk, t, scratch);
     });
     const int64_t blocks = SortByExpert(chunk.tokens, scratch);
+    if (quantize_by_expert_)
+      cpu::RunTasks(context, blocks,
+                    [&](size_t i) { QuantizeByExpert(scratch, scratch.blocks[i]); });
     cpu::RunTasks(context, blocks * fc1_.tasks(), [&](size_t i) {
       Fc1(scratch, scratch.blocks[int64_t(i) / fc1_.tasks()], int64_t(i) % fc1_.tasks());
     });
@@ -158,6 +165,19 @@ class CpuQMoe : public QMoe {
     float* const x = scratch.x + token * ldx_;
     load_row(chunk.input, config_.dtype, config_.hidden_size, x);
     std::fill(x + config_.hidden_size, x + fc1_.k_padded(), 0.0f);
+    if (!quantize_by_expert_)
+      QuantizeActivations(config_.activation_quant, ActivationScaleOf(config_.fc1_act_scales, 0),
+                          config_.hidden_size, x);
+  }
+
+  void QuantizeByExpert(const Scratch& scratch, const RowBlock& block) const {
+    for (int64_t row = block.first; row < block.first + block.count; ++row) {
+      float* const x = scratch.expert_x + row * ldx_;
+      std::copy_n(scratch.x + scratch.token_of[row] * ldx_, fc1_.k_padded(), x);
+      QuantizeActivations(config_.activation_quant,
+                          ActivationScaleOf(config_.fc1_act_scales, block.expert),
+                          config_.hidden_size, x);
+    }
   }
 
   /// Sorts the routes by expert, in the order of tokens within an expert, and cuts each expert's
@@ -196,14 +216,28 @@ class CpuQMoe : public QMoe {
     const int64_t column = task * kTaskColumns / per_value;
     const int64_t columns = std::min(kTaskColumns / per_value, config_.inter_size - column);
     float sums[kTaskRows * kTaskColumns];
-    fc1_.Multiply(block.expert, task,
-                  {scratch.x, ldx_, scratch.token_of + block.first, block.count}, sums,
-                  kTaskColumns);
+    PackedMatrix::Rows x{scratch.x, ldx_, scratch.token_of + block.first, block.count};
+    if (quantize_by_expert_)
+      x = {scratch.expert_x + block.first * ldx_, ldx_, nullptr, block.count};
+    fc1_.Multiply(block.expert, task, x, sums, kTaskColumns);
     for (int64_t r = 0; r < block.count; ++r) {
       float* const h = scratch.h + (block.first + r) * ldh_;
       fc1_.isa().activate(config_.activation, sums + r * kTaskColumns, columns, h + column);
+      if (config_.activation_quant != ActivationQuant::kNone)
+        QuantizeHidden(block.expert, columns, h + column);
       if (task == fc1_.tasks() - 1) std::fill(h + config_.inter_size, h + fc2_.k_padded(), 0.0f);
     }
+  }
+
+  /// Some activated values, beginning with a block. Rounded to the activation type first: CUDA has
+  /// them in that type, and both must quantise the same numbers.
+  void QuantizeHidden(int64_t expert, int64_t count, float* h) const {
+    static_assert(kTaskColumns / 2 % kMxBlock == 0, "a task has whole blocks");
+    alignas(float) uint8_t rounded[kTaskColumns * sizeof(float)];
+    fc1_.isa().from_float(h, count, config_.dtype, rounded);
+    fc1_.isa().to_float(rounded, config_.dtype, count, h);
+    QuantizeActivations(config_.activation_quant, ActivationScaleOf(config_.fc2_act_scales, expert),
+                        count, h);
   }
 
   void Combine(const MoeTensors& chunk, const Scratch& scratch, int64_t token) const {
@@ -223,12 +257,13 @@ class CpuQMoe : public QMoe {
   const MoeConfig config_;
   const PackedMatrix fc1_, fc2_;
   const int64_t ldx_ = cpu::RowStride(fc1_.k_padded()), ldh_ = cpu::RowStride(fc2_.k_padded());
+  const bool quantize_by_expert_;
 };
 
 }  // namespace
 
-std::unique_ptr<QMoe> MakeCpuQMoe(const MoeConfig& config, const RowReader& fc1,
-                                  const RowReader& fc2) {
+std::unique_ptr<QMoe> MakeCpuQMoe(const MoeConfig& config, const PackSource& fc1,
+                                  const PackSource& fc2) {
   return std::make_unique<CpuQMoe>(config, fc1, fc2);
 }
 

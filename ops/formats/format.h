@@ -42,6 +42,8 @@ struct Format {
   int bits;                  // 2, 4 or 8 bits a code
   float default_zero_point;  // subtracted from a decoded code when the model gives no zero points
   bool zero_points;          // whether a model may give zero points
+  bool is_float;             // codes are floats, not integers
+  bool has_nan;              // some code is not a number
   float centered[256];       // Decode(code) - default_zero_point for each of the 2^bits codes
   /// Lays out the 8 codes of one fragment (see the top of this file) in `bits` bytes.
   void (*encode_fragment)(const uint8_t* codes, uint8_t* bytes);
@@ -87,9 +89,17 @@ struct FormatBase {
 /// The run-time description of format struct F.
 template <class F>
 Format DescribeFormat() {
-  Format format{F::kName, F::kBits, F::kDefaultZeroPoint, F::kZeroPoints, {}, &F::EncodeFragment};
-  for (uint32_t code = 0; code < (1u << F::kBits); ++code)
-    format.centered[code] = F::Centered(code);
+  Format format{};
+  format.name = F::kName;
+  format.bits = F::kBits;
+  format.default_zero_point = F::kDefaultZeroPoint;
+  format.zero_points = F::kZeroPoints;
+  format.encode_fragment = &F::EncodeFragment;
+  for (uint32_t code = 0; code < (1u << F::kBits); ++code) {
+    const float value = format.centered[code] = F::Centered(code);
+    format.has_nan |= value != value;
+    format.is_float |= F::Decode(code) != float(code);
+  }
   return format;
 }
 

@@ -3,7 +3,6 @@
 
 #include "ops/common/cuda_host.h"
 #include "ops/gemm/packed_gemm.cuh"
-#include "ops/pack.h"
 
 namespace qmoe_plugin {
 namespace {
@@ -23,7 +22,7 @@ const CudaGemm* GemmOf(const Kernel& kernel) { return static_cast<const CudaGemm
 }  // namespace
 
 PackedGemm::PackedGemm(const Device& device, const GemmProblem& problem,
-                       const ActivationParams& activation, const RowReader& reader)
+                       const ActivationParams& activation, const PackSource& source)
     : device_(device), problem_(problem), activation_(activation) {
   QMOE_REQUIRE(problem.n <= kMaxExtent && problem.k <= kMaxExtent, Describe(problem),
                " is too large; the CUDA kernels take up to ", kMaxExtent, " rows and columns");
@@ -34,15 +33,11 @@ PackedGemm::PackedGemm(const Device& device, const GemmProblem& problem,
     candidates_.push_back(verdict.kernel);
   }
   Choose(1);  // fails now rather than in a run if no kernel takes the problem
-  Upload(reader);
+  Upload(source);
 }
 
-void PackedGemm::Upload(const RowReader& reader) {
-  // float16 holds scales with up to 11 significant bits exactly, and 16-bit products could use no
-  // more.
-  const ScalePolicy policy =
-      problem_.dtype == DType::kFloat32 ? ScalePolicy::kFloat32 : ScalePolicy::kFloat16;
-  weights_.header = PlanPack(reader, IsGated(activation_.type), Layout::kCudaTile16x64, policy);
+void PackedGemm::Upload(const PackSource& source) {
+  weights_.header = source.Plan(IsGated(activation_.type), TargetOf(device_, problem_.dtype));
   weights_.shape = ShapeOf(weights_.header);
   weights_.memory =
       AllocateOnDevice(device_.index, weights_.header.bytes, "packed " + Describe(problem_));
@@ -50,7 +45,7 @@ void PackedGemm::Upload(const RowReader& reader) {
   sink.write = [this](size_t offset, const uint8_t* bytes, size_t size) {
     CopyToDevice(device_.index, weights_.memory.get() + offset, bytes, size);
   };
-  Pack(reader, weights_.header, sink);
+  source.Write(weights_.header, sink);
 }
 
 PackedGemm::Choice PackedGemm::Choose(int64_t rows) const {

@@ -6,9 +6,8 @@
 #include <vector>
 
 #include "ops/gemm/gemm.cuh"
-#include "ops/packed_weights.h"
+#include "ops/pack_source.h"
 #include "ops/registry.h"
-#include "ops/weights.h"
 
 namespace qmoe_plugin {
 
@@ -20,9 +19,9 @@ class PackedGemm {
     int tile_rows;
   };
 
-  /// Packs the reader's rows onto the device. `problem` says all but the rows of x.
+  /// Brings the packed weights onto the device. `problem` says all but the rows of x.
   PackedGemm(const Device& device, const GemmProblem& problem, const ActivationParams& activation,
-             const RowReader& reader);
+             const PackSource& source);
 
   /// What Select() of ops/registry.h says for so many rows, without sorting the registry each time.
   Choice Choose(int64_t rows) const;
@@ -33,7 +32,7 @@ class PackedGemm {
   CudaGemmArgs Args(const Choice& choice) const;
 
  private:
-  void Upload(const RowReader& reader);
+  void Upload(const PackSource& source);
 
   Device device_;
   GemmProblem problem_;

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
   out[index] = source < 0 ? FromFloat<T>(0.0f) : a[row * k + source];
 }
 
-GemmProblem Problem(const MatMulConfig& config, const RowReader& weights) {
+GemmProblem Problem(const MatMulConfig& config, const PackSource& weights) {
   GemmProblem problem;
   problem.stage = GemmStage::kDense;
   problem.dtype = config.dtype;
@@ -37,7 +37,7 @@ GemmProblem Problem(const MatMulConfig& config, const RowReader& weights) {
 
 class CudaMatMulNBits final : public MatMulNBits {
  public:
-  CudaMatMulNBits(const Device& device, const MatMulConfig& config, const RowReader& weights)
+  CudaMatMulNBits(const Device& device, const MatMulConfig& config, const PackSource& weights)
       : device_(device),
         config_(config),
         gemm_(device, Problem(config, weights), {.type = Activation::kIdentity}, weights) {
@@ -102,7 +102,7 @@ class CudaMatMulNBits final : public MatMulNBits {
 }  // namespace
 
 std::unique_ptr<MatMulNBits> MakeCudaMatMulNBits(const Device& device, const MatMulConfig& config,
-                                                 const RowReader& weights) {
+                                                 const PackSource& weights) {
   return std::make_unique<CudaMatMulNBits>(device, config, weights);
 }
 

@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "ops/packed_weights.h"
+#include "ops/pack_source.h"
 #include "ops/problem.h"
 
 namespace qmoe_plugin {
@@ -22,15 +22,19 @@ class MatMulNBits {
   virtual void Run(const MatMulTensors& tensors, const ExecutionContext& context) const = 0;
 };
 
-/// Checks everything, selects kernels and packs. The weights may be released afterwards. Throws
-/// Error. `weights.experts` is 1; bias and group_index are optional.
+/// Checks everything, selects kernels and packs. The weights may be released afterwards, except for
+/// those that are packed already and the CPU's. Throws Error. `weights.experts` is 1; bias and group_index are optional.
 std::unique_ptr<MatMulNBits> MakeMatMulNBits(const Device& device, const MatMulConfig& config,
                                              const Projection& weights);
 
+/// Packs the weights for a device, which need not be here, under the name "B". Throws Error.
+void PrepackMatMulNBits(const Device& device, const MatMulConfig& config, const Projection& weights,
+                        const AllocatePacked& allocate);
+
 // One implementation a device; MakeMatMulNBits checks the config and calls one of them.
 std::unique_ptr<MatMulNBits> MakeCpuMatMulNBits(const MatMulConfig& config,
-                                                const RowReader& weights);
+                                                const PackSource& weights);
 std::unique_ptr<MatMulNBits> MakeCudaMatMulNBits(const Device& device, const MatMulConfig& config,
-                                                 const RowReader& weights);
+                                                 const PackSource& weights);
 
 }  // namespace qmoe_plugin

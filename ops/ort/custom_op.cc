@@ -43,9 +43,19 @@ OrtStatus* Compute(void* kernel, OrtKernelContext* context) {
 
 void Destroy(void* kernel) { delete static_cast<KernelHandle*>(kernel); }
 
+/// What to declare for an element type. Releases before 1.31 take a declared type for one of ONNX's
+/// numbering (TensorProto.DataType), which differs from their own for float8e8m0 only.
+ONNXTensorElementDataType Declared(DType dtype, uint32_t version) {
+  constexpr int kOnnxFloat8E8M0 = 24;
+  const bool by_onnx = dtype == DType::kFloat8E8M0 && version < 31;
+  return ONNXTensorElementDataType(by_onnx ? kOnnxFloat8E8M0 : int(dtype));
+}
+
 ONNXTensorElementDataType InputType(const OrtCustomOp* op, size_t index) {
-  return index == 0 ? ONNXTensorElementDataType(Self(op).dtype())
-                    : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  const CustomOp& self = Self(op);
+  if (index == 0) return Declared(self.dtype(), op->version);
+  return self.spec().inputs[index].scale ? Declared(self.scales(), op->version)
+                                         : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 }
 
 ONNXTensorElementDataType OutputType(const OrtCustomOp* op, size_t) {
@@ -80,8 +90,9 @@ size_t MayInplace(int** input_index, int** output_index) {
 
 }  // namespace
 
-CustomOp::CustomOp(Api api, uint32_t version, const OpSpec& spec, DeviceType device, DType dtype)
-    : OrtCustomOp{}, api_(api), spec_(spec), device_(device), dtype_(dtype) {
+CustomOp::CustomOp(Api api, uint32_t version, const OpSpec& spec, DeviceType device, DType dtype,
+                   DType scales)
+    : OrtCustomOp{}, api_(api), spec_(spec), device_(device), dtype_(dtype), scales_(scales) {
   this->version = version;
   GetName = [](const OrtCustomOp* op) { return Self(op).spec().name; };
   GetExecutionProviderType = [](const OrtCustomOp* op) {

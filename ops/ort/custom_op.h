@@ -2,8 +2,11 @@
 //
 // There is one object for each (op, device, activation type). All objects of an op share one schema
 // in ONNX Runtime, so they differ in the type of input 0 and of the output only; the other inputs
-// take any type and are checked by us when the kernel is made. (ONNX Runtime's "any type" leaves
-// out uint2, int2 and float8e8m0.)
+// take any type and are checked by us when the kernel is made.
+//
+// ONNX Runtime's "any type" leaves out uint2, int2 and float8e8m0, and holds for an input as soon as
+// one object says so. Scales that may be float8e8m0 are therefore declared in each of their types,
+// by one object for each; all scales of a node then have the same type, as in com.microsoft.
 #pragma once
 
 #include <cstddef>
@@ -30,8 +33,13 @@ class OpKernel {
 struct InputSpec {
   const char* name;
   bool optional;
-  bool constant;  // read once, when the kernel is made; stays in host memory on every device
+  bool constant;       // read once, when the kernel is made; stays in host memory on every device
+  bool scale = false;  // one of the types in kScaleTypes, the same for all such inputs of a node
 };
+
+/// The types that scales may have, float8e8m0 as bytes among them.
+inline constexpr DType kScaleTypes[] = {DType::kFloat32, DType::kFloat16,    DType::kBFloat16,
+                                        DType::kUint8,   DType::kFloat8E4M3, DType::kFloat8E8M0};
 
 struct OpSpec {
   const char* name;
@@ -49,19 +57,23 @@ const OpSpec& MatMulNBitsOp();  // matmul_nbits_op.cc
 
 class CustomOp : public OrtCustomOp {
  public:
-  /// `version` is the API version that the runtime and we agree on.
-  CustomOp(Api api, uint32_t version, const OpSpec& spec, DeviceType device, DType dtype);
+  /// `version` is the API version that the runtime and we agree on; `scales` is the type of scales,
+  /// for an op that has inputs marked so.
+  CustomOp(Api api, uint32_t version, const OpSpec& spec, DeviceType device, DType dtype,
+           DType scales);
 
   const Api& api() const { return api_; }
   const OpSpec& spec() const { return spec_; }
   DeviceType device() const { return device_; }
   DType dtype() const { return dtype_; }
+  DType scales() const { return scales_; }
 
  private:
   Api api_;
   const OpSpec& spec_;
   DeviceType device_;
   DType dtype_;
+  DType scales_;
 };
 
 }  // namespace qmoe_plugin::ort

@@ -24,6 +24,24 @@ TensorView ByRow(TensorView tensor, const char* input, int64_t n) {
   return tensor;
 }
 
+/// What weight_prepacked says, with the raw shape of B in every case.
+StoredLayout FindLayout(int64_t weight_prepacked, int64_t n, int64_t k, int64_t bits,
+                        int64_t block_size) {
+  constexpr StoredLayout kLayouts[] = {StoredLayout::kRaw, StoredLayout::kFpAIntB,
+                                       StoredLayout::kFpAIntB90};
+  QMOE_REQUIRE(weight_prepacked >= 0 && weight_prepacked <= 2, "weight_prepacked is ",
+               weight_prepacked, "; allowed are 0 (raw), 1 (SM80 fpA_intB) and 2 (SM90)");
+  const StoredLayout layout = kLayouts[weight_prepacked];
+  const std::string refusal =
+      layout != StoredLayout::kRaw && k % block_size != 0
+          ? Concat("it has no partial blocks, and K is ", k, " and block_size ", block_size)
+          : RefuseStoredLayout(layout, n, k, int(bits));
+  QMOE_REQUIRE(refusal.empty(), "weight_prepacked is ", weight_prepacked, ", but B cannot be ",
+               Name(layout), ": ", refusal,
+               ". Export with matmulnbits_weights_prepacked left out, or for the CPU");
+  return layout;
+}
+
 }  // namespace
 
 MatMulNBitsNode InterpretMatMulNBits(const MatMulNBitsAttributes& a,
@@ -36,14 +54,7 @@ MatMulNBitsNode InterpretMatMulNBits(const MatMulNBitsAttributes& a,
                "block_size is ", block_size, "; it must be a power of two from 16 to 65536");
   QMOE_REQUIRE(a.accuracy_level >= 0 && a.accuracy_level <= 4, "accuracy_level is ",
                a.accuracy_level, "; allowed are 0 to 4");
-  QMOE_REQUIRE(a.weight_prepacked >= 0 && a.weight_prepacked <= 2, "weight_prepacked is ",
-               a.weight_prepacked, "; allowed are 0 (raw), 1 (SM80 fpA_intB) and 2 (SM90)");
-  if (a.weight_prepacked != 0) {
-    FailUnsupported("weight_prepacked is ", a.weight_prepacked,
-                    "; this release reads raw weights (0). Export with "
-                    "matmulnbits_weights_prepacked left out, or for the CPU");
-  }
-
+  const StoredLayout layout = FindLayout(a.weight_prepacked, n, k, a.bits, block_size);
   const int64_t groups = (k + block_size - 1) / block_size;
   const std::vector<int64_t> shape{n, groups, block_size * a.bits / 8};
   TensorView codes = inputs[kB];
@@ -59,18 +70,22 @@ MatMulNBitsNode InterpretMatMulNBits(const MatMulNBitsAttributes& a,
   }
 
   MatMulNBitsNode node;
-  node.config = {.dtype = dtype, .n = n, .k = k, .accuracy_level = AccuracyLevel(a.accuracy_level)};
-  node.weights = {.name = "B",
-                  .format = &IntFormat(int(a.bits)),
-                  .experts = 1,
-                  .n = n,
-                  .k = k,
-                  .block_size = block_size,
-                  .codes = codes,
-                  .scales = ByRow(inputs[kScales], "scales", n),
-                  .zero_points = ByRow(inputs[kZeroPoints], "zero_points", n),
-                  .bias = bias,
-                  .group_index = inputs[kGroupIndex]};
+  node.config.dtype = dtype;
+  node.config.n = n;
+  node.config.k = k;
+  node.config.accuracy_level = AccuracyLevel(a.accuracy_level);
+  node.weights.name = std::string("B");
+  node.weights.format = &IntFormat(int(a.bits));
+  node.weights.experts = 1;
+  node.weights.n = n;
+  node.weights.k = k;
+  node.weights.block_size = block_size;
+  node.weights.layout = layout;
+  node.weights.codes = codes;
+  node.weights.scales = ByRow(inputs[kScales], "scales", n);
+  node.weights.zero_points = ByRow(inputs[kZeroPoints], "zero_points", n);
+  node.weights.bias = bias;
+  node.weights.group_index = inputs[kGroupIndex];
   return node;
 }
 

@@ -3,7 +3,7 @@
 //
 // G = ceil(K / block_size). Shapes: B [N, G, block_size * bits / 8], scales [N, G] or [N * G], zero
 // points packed [N, ceil(G * bits / 8)] or one value a block [N, G] (both flat, too), g_idx [K] or
-// [G * block_size], bias [N].
+// [G * block_size], bias [N]. weight_prepacked 1 and 2 permute the bytes of B and leave its shape.
 #pragma once
 
 #include <cstdint>

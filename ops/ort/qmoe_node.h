@@ -5,6 +5,8 @@
 // Shapes of raw weights:
 //   fc1 [E, F * I, H * bits / 8], fc2 [E, H, I * bits / 8], fc3 [E, I, H * bits / 8] (ups, when
 //   apart from fc1).
+// Other layouts: ops/ort/qmoe_layout.h. Scales: ops/ort/qmoe_scales.h. Activations:
+// ops/ort/qmoe_activation.h.
 #pragma once
 
 #include <cstdint>
@@ -42,14 +44,14 @@ enum QMoeInput : size_t {
   kQMoeInputs,
 };
 
-/// The attributes with com.microsoft's defaults; empty = not given.
+/// The attributes with com.microsoft's defaults; empty = not given. weights_layout is ours.
 struct QMoeAttributes {
   int64_t accuracy_level = 0;
   float activation_alpha = 1.0f;
   float activation_beta = 0.0f;
   std::string activation_type = "relu";
   std::optional<int64_t> block_size;
-  int64_t expert_weight_bits = 4;
+  std::optional<int64_t> expert_weight_bits;  // 4 with quant_type "int", else what the format has
   std::optional<int64_t> fc1_expert_weight_bits, fc2_expert_weight_bits, fc3_expert_weight_bits;
   int64_t k = 1;
   int64_t normalize_routing_weights = 0;
@@ -57,6 +59,7 @@ struct QMoeAttributes {
   int64_t swiglu_fusion = 0;
   std::optional<float> swiglu_limit;
   int64_t use_sparse_mixer = 0;
+  std::string weights_layout;
   int64_t weights_prepacked = -1;
 };
 

@@ -16,13 +16,13 @@ constexpr InputSpec kInputs[] = {
     {"input", false, false},
     {"router_probs", false, false},
     {"fc1_experts_weights", false, true},
-    {"fc1_scales", true, true},
+    {"fc1_scales", true, true, true},
     {"fc1_experts_bias", true, true},
     {"fc2_experts_weights", false, true},
-    {"fc2_scales", true, true},
+    {"fc2_scales", true, true, true},
     {"fc2_experts_bias", true, true},
     {"fc3_experts_weights", true, true},
-    {"fc3_scales", true, true},
+    {"fc3_scales", true, true, true},
     {"fc3_experts_bias", true, true},
     {"fc1_zero_points", true, true},
     {"fc2_zero_points", true, true},
@@ -32,8 +32,8 @@ constexpr InputSpec kInputs[] = {
     {"fc2_global_scale", true, true},
     {"fc1_act_scale", true, true},
     {"fc2_act_scale", true, true},
-    {"fc1_act_block_scale", true, true},
-    {"fc2_act_block_scale", true, true},
+    {"fc1_act_block_scale", true, true, true},
+    {"fc2_act_block_scale", true, true, true},
 };
 static_assert(std::size(kInputs) == kQMoeInputs);
 
@@ -44,7 +44,7 @@ QMoeAttributes ReadAttributes(const NodeInfo& node) {
   a.activation_beta = node.Float("activation_beta", a.activation_beta);
   a.activation_type = node.FindString("activation_type").value_or(a.activation_type);
   a.block_size = node.FindInt("block_size");
-  a.expert_weight_bits = node.Int("expert_weight_bits", a.expert_weight_bits);
+  a.expert_weight_bits = node.FindInt("expert_weight_bits");
   a.fc1_expert_weight_bits = node.FindInt("fc1_expert_weight_bits");
   a.fc2_expert_weight_bits = node.FindInt("fc2_expert_weight_bits");
   a.fc3_expert_weight_bits = node.FindInt("fc3_expert_weight_bits");
@@ -54,6 +54,7 @@ QMoeAttributes ReadAttributes(const NodeInfo& node) {
   a.swiglu_fusion = node.Int("swiglu_fusion", a.swiglu_fusion);
   a.swiglu_limit = node.FindFloat("swiglu_limit");
   a.use_sparse_mixer = node.Int("use_sparse_mixer", a.use_sparse_mixer);
+  a.weights_layout = node.FindString("weights_layout").value_or(a.weights_layout);
   a.weights_prepacked = node.Int("weights_prepacked", a.weights_prepacked);
   return a;
 }

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <deque>
 #include <mutex>
+#include <span>
 
 #include "ops/domain.h"
 #include "ops/ort/custom_op.h"
@@ -26,13 +27,25 @@ uint32_t OfferedVersion(const char* release) {
   return major > 1 ? kHighestApiVersion : major == 1 ? minor : 0;
 }
 
+/// The types of scales that an op has objects for.
+std::span<const DType> ScaleTypes(const OpSpec& spec, uint32_t version) {
+  static constexpr DType kNone[] = {DType::kUndefined};
+  static_assert(kScaleTypes[std::size(kScaleTypes) - 1] == DType::kFloat8E8M0);
+  const std::span<const DType> known(kScaleTypes,
+                                     std::size(kScaleTypes) - (version < kE8M0Version ? 1 : 0));
+  const bool has_scales = std::any_of(spec.inputs.begin(), spec.inputs.end(),
+                                      [](const InputSpec& input) { return input.scale; });
+  return has_scales ? known : kNone;
+}
+
 void AddOps(Registration& registration, uint32_t version) {
   const Api api(registration.table);
   for (const OpSpec* spec : {&QMoeOp(), &MatMulNBitsOp()}) {
     for (const DeviceType device : {DeviceType::kCpu, DeviceType::kCuda}) {
       if (device == DeviceType::kCuda && !BuiltWithCuda()) continue;
       for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
-        registration.ops.emplace_back(api, version, *spec, device, dtype);
+        for (const DType scales : ScaleTypes(*spec, version))
+          registration.ops.emplace_back(api, version, *spec, device, dtype, scales);
     }
   }
   api.Call<slot::CreateCustomOpDomain>(kDomain, &registration.domain);

@@ -13,4 +13,7 @@ inline constexpr uint32_t kLowestApiVersion = 24;
 /// this version.
 inline constexpr uint32_t kHighestApiVersion = 31;
 
+/// The oldest one that has tensors of float8e8m0.
+inline constexpr uint32_t kE8M0Version = 27;
+
 }  // namespace qmoe_plugin::ort

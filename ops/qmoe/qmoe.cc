@@ -1,11 +1,22 @@
 #include "ops/qmoe/qmoe.h"
 
+#include <cmath>
+
 #include "ops/error.h"
 
 namespace qmoe_plugin {
 namespace {
 
 constexpr int64_t kMaxExperts = 1024;
+
+void CheckActivationScales(const MoeConfig& c, const char* name, const std::vector<float>& scales) {
+  const size_t wanted = c.activation_quant == ActivationQuant::kFp8 ? size_t(c.experts) : 0;
+  QMOE_REQUIRE(scales.size() == wanted, name, " has ", scales.size(), " values; this node needs ",
+               wanted, wanted ? ", one an expert" : ", as its activations are not scaled by them");
+  for (float scale : scales)
+    QMOE_REQUIRE(scale > 0 && std::isfinite(scale), name, " holds ", scale,
+                 "; scales of activations must be positive and finite");
+}
 
 void CheckConfig(const MoeConfig& c) {
   QMOE_REQUIRE(IsFloat(c.dtype), "activations are ", Name(c.dtype),
@@ -19,6 +30,8 @@ void CheckConfig(const MoeConfig& c) {
   QMOE_REQUIRE(!c.use_sparse_mixer || c.topk == 2, "use_sparse_mixer=1 needs k=2, not k=", c.topk);
   QMOE_REQUIRE(c.accuracy_level >= 0 && c.accuracy_level <= 4, "accuracy_level is ",
                c.accuracy_level, "; allowed are 0 to 4");
+  CheckActivationScales(c, "fc1_act_scale", c.fc1_act_scales);
+  CheckActivationScales(c, "fc2_act_scale", c.fc2_act_scales);
 }
 
 void CheckProjectionShape(const Projection& p, int64_t experts, int64_t n, int64_t k) {
@@ -27,6 +40,18 @@ void CheckProjectionShape(const Projection& p, int64_t experts, int64_t n, int64
                " = [experts, rows, columns]");
 }
 
+/// The projection with the activation scales, which the config goes on to own, as factors on its
+/// sums.
+Projection WithActivationScales(const Projection& p, const std::vector<float>& scales) {
+  Projection scaled = p;
+  if (!scales.empty())
+    scaled.sum_scale = {scales.data(), DType::kFloat32, {int64_t(scales.size())}, true};
+  return scaled;
+}
+
+/// Rows of a packed fc1: gates and ups together, however the model stored them.
+int64_t Fc1Rows(const MoeConfig& c) { return c.inter_size * (IsGated(c.activation.type) ? 2 : 1); }
+
 }  // namespace
 
 RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights) {
@@ -34,25 +59,63 @@ RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights) {
   QMOE_REQUIRE(
       !two_matrices || IsGated(config.activation.type),
       "fc3 is given, but the activation is not gated; leave fc3 out, or use swiglu or geglu");
-  const bool fused = IsGated(config.activation.type) && !two_matrices;
-  const int64_t rows = config.inter_size * (fused ? 2 : 1);
+  const int64_t rows = two_matrices ? config.inter_size : Fc1Rows(config);
   CheckProjectionShape(weights.fc1, config.experts, rows, config.hidden_size);
-  if (!two_matrices) return RowReader(weights.fc1, weights.fc1_order);
+  const Projection fc1 = WithActivationScales(weights.fc1, config.fc1_act_scales);
+  if (!two_matrices) return RowReader(fc1, weights.fc1_order);
   CheckProjectionShape(weights.fc3, config.experts, rows, config.hidden_size);
-  return RowReader(weights.fc1, weights.fc3);
+  return RowReader(fc1, weights.fc3);
 }
 
 RowReader MakeFc2Reader(const MoeConfig& config, const MoeWeights& weights) {
   CheckProjectionShape(weights.fc2, config.experts, config.hidden_size, config.inter_size);
-  return RowReader(weights.fc2);
+  return RowReader(WithActivationScales(weights.fc2, config.fc2_act_scales));
 }
+
+namespace {
+
+PackSource PackedSource(const MoeConfig& config, const Projection& p, int64_t n, int64_t k) {
+  const PackSource source(p);
+  QMOE_REQUIRE(source.experts() == config.experts && source.rows() == n && source.k() == k, p.name,
+               " packed weights are ", source.experts(), " x ", source.rows(), " x ", source.k(),
+               "; this node needs ", config.experts, " x ", n, " x ", k,
+               " = [experts, rows, columns]");
+  const bool scaled = config.activation_quant == ActivationQuant::kFp8;
+  QMOE_REQUIRE(source.has_sum_scale() == scaled, p.name, " weights were packed ",
+               scaled ? "without" : "with", " activation scales, which this node ",
+               scaled ? "has" : "does not have", "; prepack the model again");
+  return source;
+}
+
+PackSource Fc1Source(const MoeConfig& c, const MoeWeights& weights) {
+  if (!weights.fc1.packed.present) return PackSource(MakeFc1Reader(c, weights));
+  QMOE_REQUIRE(weights.fc1_order != RowOrder::kTwoMatrices,
+               "fc1 is packed, which has the ups in it; leave fc3 out");
+  return PackedSource(c, weights.fc1, Fc1Rows(c), c.hidden_size);
+}
+
+PackSource Fc2Source(const MoeConfig& c, const MoeWeights& weights) {
+  if (!weights.fc2.packed.present) return PackSource(MakeFc2Reader(c, weights));
+  return PackedSource(c, weights.fc2, c.hidden_size, c.inter_size);
+}
+
+}  // namespace
 
 std::unique_ptr<QMoe> MakeQMoe(const Device& device, const MoeConfig& config,
                                const MoeWeights& weights) {
   CheckConfig(config);
-  const RowReader fc1 = MakeFc1Reader(config, weights), fc2 = MakeFc2Reader(config, weights);
+  const PackSource fc1 = Fc1Source(config, weights), fc2 = Fc2Source(config, weights);
   if (device.type == DeviceType::kCpu) return MakeCpuQMoe(config, fc1, fc2);
   return MakeCudaQMoe(device, config, fc1, fc2);
+}
+
+void PrepackQMoe(const Device& device, const MoeConfig& config, const MoeWeights& weights,
+                 const AllocatePacked& allocate) {
+  CheckConfig(config);
+  const PackTarget target = TargetOf(device, config.dtype);
+  const PackSource fc1 = Fc1Source(config, weights), fc2 = Fc2Source(config, weights);
+  fc1.Prepack("fc1", IsGated(config.activation.type), target, allocate);
+  fc2.Prepack("fc2", false, target, allocate);
 }
 
 }  // namespace qmoe_plugin

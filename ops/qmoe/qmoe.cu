@@ -1,4 +1,5 @@
-// QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute.
+// QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute. With quantised activations
+// x is quantised into the workspace before fc1, the hidden rows in place before fc2.
 //
 // Long inputs are processed in chunks of tokens, one after the other in the same workspace, so that
 // the intermediate rows take at most kChunkBytes. Each token's output depends on its own input row
@@ -8,6 +9,8 @@
 
 #include "ops/common/cuda_host.h"
 #include "ops/gemm/packed_gemm.cuh"
+#include "ops/qmoe/activation_quant.cuh"
+#include "ops/qmoe/activation_quant.h"
 #include "ops/qmoe/permute.cuh"
 #include "ops/qmoe/qmoe.h"
 #include "ops/qmoe/route.cuh"
@@ -38,16 +41,16 @@ class Arena {
   size_t used_ = 0;
 };
 
-GemmProblem Problem(GemmStage stage, const MoeConfig& config, const RowReader& reader) {
+GemmProblem Problem(GemmStage stage, const MoeConfig& config, const PackSource& source) {
   GemmProblem problem;
   problem.stage = stage;
   problem.dtype = config.dtype;
-  problem.format = &reader.format();
+  problem.format = &source.format();
   problem.experts = config.experts;
-  problem.n = reader.rows();
-  problem.k = reader.k();
-  problem.block_size = reader.block_size();
-  problem.zero_points = reader.has_zero_points();
+  problem.n = source.rows();
+  problem.k = source.k();
+  problem.block_size = source.block_size();
+  problem.zero_points = source.has_zero_points();
   if (stage == GemmStage::kFc1) problem.activation = config.activation.type;
   problem.accuracy_level = config.accuracy_level;
   return problem;
@@ -55,18 +58,22 @@ GemmProblem Problem(GemmStage stage, const MoeConfig& config, const RowReader& r
 
 class CudaQMoe final : public QMoe {
  public:
-  CudaQMoe(const Device& device, const MoeConfig& config, const RowReader& fc1,
-           const RowReader& fc2)
+  CudaQMoe(const Device& device, const MoeConfig& config, const PackSource& fc1,
+           const PackSource& fc2)
       : device_(device),
         config_(config),
         fc1_(device, Problem(GemmStage::kFc1, config, fc1), config.activation, fc1),
-        fc2_(device, Problem(GemmStage::kFc2, config, fc2), {.type = Activation::kIdentity}, fc2) {
+        fc2_(device, Problem(GemmStage::kFc2, config, fc2), {.type = Activation::kIdentity}, fc2),
+        quantize_by_expert_(DifferByExpert(config.fc1_act_scales)) {
     const DeviceScope scope(device.index);
     PrepareRoute();
     PreparePermute();
     PrepareUnpermute(config.dtype);
-    const int64_t token_bytes =
-        config.topk * (config.inter_size + config.hidden_size) * int64_t(SizeOf(config.dtype));
+    if (Quantizes()) PrepareActivationQuant(config.dtype);
+    if (config.activation_quant == ActivationQuant::kFp8) UploadActivationScales();
+    const int64_t token_values = config.topk * (config.inter_size + config.hidden_size) +
+                                 QuantizedRows(1) * config.hidden_size;
+    const int64_t token_bytes = token_values * int64_t(SizeOf(config.dtype));
     chunk_tokens_ = std::max(kMinChunkTokens, kChunkBytes / token_bytes);
   }
 
@@ -96,9 +103,25 @@ class CudaQMoe final : public QMoe {
     int* sorted_row;      // [T, k]
     RowTile *fc1_tiles, *fc2_tiles;
     int *fc1_tile_count, *fc2_tile_count;
+    char* x;       // quantised: [T, H], or [T * k, H] sorted rows where experts differ
     char* hidden;  // [T * k, I] sorted rows
     char* y;       // [T * k, H] sorted rows
   };
+
+  bool Quantizes() const { return config_.activation_quant != ActivationQuant::kNone; }
+
+  /// Rows of x that are quantised for so many tokens.
+  int64_t QuantizedRows(int64_t tokens) const {
+    return !Quantizes() ? 0 : quantize_by_expert_ ? tokens * config_.topk : tokens;
+  }
+
+  void UploadActivationScales() {
+    std::vector<float> scales = config_.fc1_act_scales;
+    scales.insert(scales.end(), config_.fc2_act_scales.begin(), config_.fc2_act_scales.end());
+    const size_t bytes = scales.size() * sizeof(float);
+    act_scales_ = AllocateOnDevice(device_.index, bytes, "activation scales");
+    CopyToDevice(device_.index, act_scales_.get(), scales.data(), bytes);
+  }
 
   size_t ChunkBytes(int64_t tokens) const {
     Arena arena(nullptr);
@@ -121,6 +144,7 @@ class CudaQMoe final : public QMoe {
     b.fc2_tiles = arena.Take<RowTile>(b.fc2_max_tiles);
     b.fc1_tile_count = arena.Take<int>(1);
     b.fc2_tile_count = arena.Take<int>(1);
+    b.x = arena.Take<char>(QuantizedRows(tokens) * config_.hidden_size * size);
     b.hidden = arena.Take<char>(rows * config_.inter_size * size);
     b.y = arena.Take<char>(rows * config_.hidden_size * size);
     return b;
@@ -168,8 +192,10 @@ class CudaQMoe final : public QMoe {
     fc1.rows = rows;
     fc1.y = b.hidden;
     fc1.y_stride = config_.inter_size;
+    if (Quantizes()) QuantizeX(b, tokens, fc1, stream);
     b.fc1.gemm->launch(fc1, stream);
 
+    if (Quantizes()) QuantizeHidden(b, rows, stream);
     CudaGemmArgs fc2 = fc2_.Args(b.fc2);
     fc2.x = b.hidden;
     fc2.x_stride = config_.inter_size;
@@ -190,6 +216,38 @@ class CudaQMoe final : public QMoe {
                     stream);
   }
 
+  /// Quantises what fc1 reads, and makes it read that.
+  void QuantizeX(const Buffers& b, int64_t tokens, CudaGemmArgs& fc1, cudaStream_t stream) const {
+    LaunchActivationQuant({.dtype = config_.dtype,
+                           .mode = config_.activation_quant,
+                           .x = fc1.x,
+                           .x_rows = quantize_by_expert_ ? b.row_token : nullptr,
+                           .rows = QuantizedRows(tokens),
+                           .k = int(config_.hidden_size),
+                           .scales = reinterpret_cast<const float*>(act_scales_.get()),
+                           .expert_offsets = quantize_by_expert_ ? b.expert_offsets : nullptr,
+                           .experts = int(config_.experts),
+                           .y = b.x},
+                          stream);
+    fc1.x = b.x;
+    if (quantize_by_expert_) fc1.x_rows = nullptr;  // they are in sorted order already
+  }
+
+  void QuantizeHidden(const Buffers& b, int64_t rows, cudaStream_t stream) const {
+    const float* scales = reinterpret_cast<const float*>(act_scales_.get());
+    LaunchActivationQuant({.dtype = config_.dtype,
+                           .mode = config_.activation_quant,
+                           .x = b.hidden,
+                           .x_rows = nullptr,
+                           .rows = rows,
+                           .k = int(config_.inter_size),
+                           .scales = scales != nullptr ? scales + config_.experts : nullptr,
+                           .expert_offsets = b.expert_offsets,
+                           .experts = int(config_.experts),
+                           .y = b.hidden},
+                          stream);
+  }
+
   /// Row `first` of a [T, E] tensor.
   const void* RowsFrom(const void* data, DType dtype, int64_t first) const {
     return static_cast<const char*>(data) + first * config_.experts * int64_t(SizeOf(dtype));
@@ -198,13 +256,15 @@ class CudaQMoe final : public QMoe {
   Device device_;
   MoeConfig config_;
   PackedGemm fc1_, fc2_;
+  bool quantize_by_expert_;              // x in fc1
+  std::shared_ptr<uint8_t> act_scales_;  // float32 [2, E] of fc1 and fc2, on the device; kFp8 only
   int64_t chunk_tokens_;
 };
 
 }  // namespace
 
 std::unique_ptr<QMoe> MakeCudaQMoe(const Device& device, const MoeConfig& config,
-                                   const RowReader& fc1, const RowReader& fc2) {
+                                   const PackSource& fc1, const PackSource& fc2) {
   return std::make_unique<CudaQMoe>(device, config, fc1, fc2);
 }
 

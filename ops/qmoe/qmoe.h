@@ -13,7 +13,7 @@
 #include <memory>
 #include <vector>
 
-#include "ops/packed_weights.h"
+#include "ops/pack_source.h"
 #include "ops/problem.h"
 
 namespace qmoe_plugin {
@@ -32,20 +32,25 @@ class QMoe {
   virtual void Run(const MoeTensors& tensors, const ExecutionContext& context) const = 0;
 };
 
-/// Checks everything, selects kernels and packs. The weights may be released afterwards. Throws
-/// Error.
+/// Checks everything, selects kernels and packs. The weights may be released afterwards, except for
+/// those that are packed already and the CPU's. Throws Error.
 std::unique_ptr<QMoe> MakeQMoe(const Device& device, const MoeConfig& config,
                                const MoeWeights& weights);
 
+/// Packs a node's weights for a device, which need not be here: fc1 (gates and ups interleaved),
+/// then fc2. MakeQMoe takes them as Projection::packed, with fc1_order kAsStored. Throws Error.
+void PrepackQMoe(const Device& device, const MoeConfig& config, const MoeWeights& weights,
+                 const AllocatePacked& allocate);
+
 /// Readers over the packed rows of fc1 (gates and ups interleaved) and fc2, after checking that
-/// shapes agree.
+/// shapes agree. They read the config's activation scales too.
 RowReader MakeFc1Reader(const MoeConfig& config, const MoeWeights& weights);
 RowReader MakeFc2Reader(const MoeConfig& config, const MoeWeights& weights);
 
 // One implementation a device; MakeQMoe checks the config and calls one of them.
-std::unique_ptr<QMoe> MakeCpuQMoe(const MoeConfig& config, const RowReader& fc1,
-                                  const RowReader& fc2);
+std::unique_ptr<QMoe> MakeCpuQMoe(const MoeConfig& config, const PackSource& fc1,
+                                  const PackSource& fc2);
 std::unique_ptr<QMoe> MakeCudaQMoe(const Device& device, const MoeConfig& config,
-                                   const RowReader& fc1, const RowReader& fc2);
+                                   const PackSource& fc1, const PackSource& fc2);
 
 }  // namespace qmoe_plugin

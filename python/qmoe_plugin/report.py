@@ -31,6 +31,7 @@ class NodeReport:
         reason: Why the node was left alone; "" if it was moved.
         kernels: What will run it, for few and for many tokens. Empty for a node that was left, or
             was moved back.
+        warning: Something that was decided by custom, as the node does not say it; "" for nothing.
     """
 
     name: str
@@ -38,6 +39,7 @@ class NodeReport:
     function: str = ""
     reason: str = ""
     kernels: tuple[KernelChoice, ...] = ()
+    warning: str = ""
 
     @property
     def kernel_text(self) -> str:
@@ -81,8 +83,13 @@ class RetargetReport:
         logger.info("%s", self._headline())
         for text in _grouped(self.moved, lambda node: node.kernel_text):
             logger.info("%s", text)
+        for text in _grouped(self._doubtful(), lambda node: node.warning):
+            logger.warning("%s", text)
         for text in _grouped(self.kept, lambda node: node.reason):
             logger.warning("left alone: %s", text)
+
+    def _doubtful(self) -> list[NodeReport]:
+        return [node for node in self.moved if node.warning]
 
     def _headline(self) -> str:
         total = len(self.moved) + len(self.kept)
@@ -94,6 +101,9 @@ class RetargetReport:
         """A few lines for people: nodes with the same fate share one."""
         lines = [self._headline()]
         lines += [f"  {text}" for text in _grouped(self.moved, lambda node: node.kernel_text)]
+        if self._doubtful():
+            lines.append("in doubt:")
+            lines += [f"  {text}" for text in _grouped(self._doubtful(), lambda n: n.warning)]
         if self.kept:
             lines.append("left alone:")
             lines += [f"  {text}" for text in _grouped(self.kept, lambda node: node.reason)]

@@ -84,7 +84,12 @@ struct Weights {
                   .group_index = {}};
     const int64_t groups = projection.groups(), bits = s.format->bits;
     const auto byte = [] { return float(rng() & 255); };
-    codes = Tensor(DType::kUint8, {s.experts, s.n, (s.k * bits + 7) / 8}, byte);
+    const auto number = [&] {  // weights must not be NaN, which only 8-bit formats can be
+      float code = byte();
+      while (bits == 8 && std::isnan(s.format->centered[size_t(code)])) code = byte();
+      return code;
+    };
+    codes = Tensor(DType::kUint8, {s.experts, s.n, (s.k * bits + 7) / 8}, number);
     std::vector<int64_t> per_block = {s.experts, s.n, groups};
     scales = Tensor(s.scale_dtype, per_block, [] { return 0.05f * Gauss() + 0.01f; });
     projection.codes = codes.view;

@@ -102,8 +102,8 @@ void TestMatMul(const Shape& shape, DType dtype, int64_t m, bool group_index) {
 }
 
 void TestMatMuls() {
-  const Format *int4 = &GetFormat("int4"), *int8 = &GetFormat("int8");
-  for (const Format* format : {int4, int8}) {
+  for (const char* name : {"int2", "int4", "int8"}) {
+    const Format* format = &GetFormat(name);
     for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
       for (int64_t m : {0, 1, 5, 61})
         TestMatMul({format, 1, 130, 93, 32, DType::kFloat16, ZeroPoints::kPacked, true}, dtype, m,
@@ -249,6 +249,21 @@ void TestMoe(const MoeCase& c) {
   }
 }
 
+/// Formats without zero points, in the block sizes that models give them.
+void TestFloatFormats() {
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (int64_t m : {1, 61}) {
+      TestMatMul({&GetFormat("mxfp4"), 1, 130, 96, 32}, dtype, m, false);
+      TestMatMul({&GetFormat("nvfp4"), 1, 130, 96, 16}, dtype, m, false);
+      for (int64_t block : {0, 128})
+        TestMatMul({&GetFormat("fp8_e4m3"), 1, 130, 200, block}, dtype, m, false);
+    }
+    TestMoe({.hidden = 96, .inter = 160, .block = 32, .dtype = dtype, .format = "mxfp4"});
+    TestMoe({.tokens = 70, .block = 16, .dtype = dtype, .format = "nvfp4"});
+    TestMoe({.hidden = 72, .inter = 40, .block = 0, .dtype = dtype, .format = "fp8_e4m3"});
+  }
+}
+
 void TestMoes() {
   const DType f16 = DType::kFloat16, bf16 = DType::kBFloat16;
   for (Activation a : {Activation::kIdentity, Activation::kRelu, Activation::kGelu,
@@ -258,6 +273,8 @@ void TestMoes() {
     TestMoe(
         {.activation = a, .hidden = 40, .inter = 24, .block = 0, .alias = true, .format = "int8"});
   }
+  for (const ZeroPoints kind : {ZeroPoints::kNone, ZeroPoints::kPacked, ZeroPoints::kFloat})
+    TestMoe({.tokens = 20, .zero_points = kind, .format = "int2"});
   TestMoe({.tokens = 0});
   TestMoe({.tokens = 1, .alias = true});
   TestMoe({.hidden = 288, .inter = 352, .block = 32, .dtype = f16, .router_dtype = bf16});
@@ -376,6 +393,7 @@ int main() {
   TestRouting();
   TestMatMuls();
   TestMoes();
+  TestFloatFormats();
   TestBatchInvariance();
   TestIsaVariable();
   std::printf("%d checks, %d failures\n", checks, failures);

@@ -7,10 +7,14 @@
 #include <random>
 #include <vector>
 
+#include "ops/common/float_codes.h"
 #include "ops/dtype.h"
 #include "ops/formats/format.h"
+#include "ops/formats/fp8_e4m3.h"
 #include "ops/formats/int4.h"
 #include "ops/formats/int8.h"
+#include "ops/formats/mxfp4.h"
+#include "ops/formats/nvfp4.h"
 #include "ops/gemm/layout.h"
 #include "ops/pack.h"
 
@@ -136,6 +140,66 @@ void TestInt8(const Format& format) {
       }
 }
 
+/// check(codes) with each code at each of the 8 places of a fragment, the others being random.
+template <class Check>
+void ForEachCode(int bits, const Check& check) {
+  std::mt19937 random(5);
+  for (int place = 0; place < 8; ++place)
+    for (uint32_t code = 0; code < 1u << bits; ++code) {
+      uint8_t codes[8];
+      for (uint8_t& other : codes) other = uint8_t(random() & ((1u << bits) - 1));
+      codes[place] = uint8_t(code);
+      check(codes);
+    }
+}
+
+/// Floats whose fragments decode to float16 times a power of two: the float16 must be exact, and so
+/// must be the multiplication that follows (in range and on its grid), for all codes.
+template <class F, class ScaledHalf2>
+void TestFloatCodes(float factor, const ScaledHalf2& scaled_half2) {
+  const Format format = DescribeFormat<F>();
+  ForEachCode(F::kBits, [&](const uint8_t* codes) {
+    uint32_t words[2] = {};
+    uint8_t bytes[8];
+    F::EncodeFragment(codes, bytes);
+    std::memcpy(words, bytes, F::kBits);
+    for (int i = 0; i < 8; ++i) {
+      const float expected = format.centered[codes[i]];
+      if (std::isnan(expected)) continue;  // refused when weights are read
+      const float scaled = Half(scaled_half2(words, i / 2), i % 2), value = scaled * factor;
+      EXPECT(value == expected && std::signbit(value) == std::signbit(expected),
+             "%s code %d place %d: %g not %g", F::kName, codes[i], i, value, expected);
+      EXPECT(HalfToFloat(FloatToHalf(value)) == value &&
+                 BFloat16ToFloat(FloatToBFloat16(value)) == value,
+             "%s code %d: %g is no float16 or bfloat16", F::kName, codes[i], value);
+    }
+  });
+}
+
+void TestFloats() {
+  const auto e2m1 = [](const uint32_t* words, int pair) {
+    return formats::mxfp4::ScaledHalf2(words[0], pair);
+  };
+  TestFloatCodes<formats::mxfp4>(0x1p14f, e2m1);
+  TestFloatCodes<formats::nvfp4>(0x1p14f, e2m1);
+  TestFloatCodes<formats::fp8_e4m3>(0x1p8f, &formats::fp8_e4m3::ScaledHalf2);
+  // The tables by hand: what the codes mean.
+  const float e2m1_values[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  for (uint32_t code = 0; code < 16; ++code)
+    EXPECT(DecodeE2M1(code) == (code < 8 ? 1 : -1) * e2m1_values[code % 8], "e2m1 %u", code);
+  for (uint32_t code = 0; code < 256; ++code) {
+    const int exponent = int(code >> 3 & 15), mantissa = int(code & 7);
+    const double magnitude =
+        exponent ? std::ldexp(1 + mantissa / 8.0, exponent - 7) : std::ldexp(mantissa / 8.0, -6);
+    const float value = DecodeE4M3(code), expected = float(code & 0x80 ? -magnitude : magnitude);
+    const bool nan = (code & 0x7f) == 0x7f;
+    EXPECT(nan ? std::isnan(value) : value == expected, "e4m3 %u: %g", code, value);
+    EXPECT(nan ? std::isnan(Float8E4M3ToFloat(uint8_t(code)))
+               : Float8E4M3ToFloat(uint8_t(code)) == expected,
+           "scale e4m3 %u", code);
+  }
+}
+
 /// The default EncodeFragment and DequantFragment of FormatBase agree, for every width.
 template <int kBits>
 struct Plain : formats::FormatBase<Plain<kBits>, kBits> {
@@ -192,6 +256,7 @@ int Main() {
   }
   TestInt4(GetFormat("int4"));
   TestInt8(GetFormat("int8"));
+  TestFloats();
   TestPlain<2>();
   TestPlain<4>();
   TestPlain<8>();

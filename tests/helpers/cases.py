@@ -1,14 +1,12 @@
 """QMoE and MatMulNBits nodes as data: options in, tensors, model and expected result out.
 
-Weights are random codes and random scales rather than quantised floats: that reaches all codes and
-both signs of the scales, and costs nothing. They are scaled so that every projection of N(0, 1)
-inputs is about N(0, 1) again.
+The tensors of a case are those of a node in the raw layout, which the oracle takes; `model` stores
+its weights in the case's layout.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +14,10 @@ import numpy as np
 import onnx
 
 from helpers.dtypes import numpy_dtype
+from helpers.layouts import stored
 from helpers.models import ACTIVATION_INPUTS, DOMAIN, one_node_model
+from helpers.weights import Tensors, random_weights, typed
 from qmoe_plugin import formats, reference
-
-Tensors = dict[str, np.ndarray]
 
 GATED = reference.GATED_ACTIVATIONS
 ACTIVATIONS = ("identity", "relu", "gelu", "silu", *GATED)
@@ -33,34 +31,6 @@ def describe(case: Any) -> str:
         if value != field.default:
             parts.append(f"{field.name}={value}")
     return "-".join(parts) or "default"
-
-
-def random_projection(
-    rng: np.random.Generator,
-    fmt: formats.Format,
-    shape: tuple[int, ...],
-    block_size: int,
-    scale_dtype: np.dtype,
-    *,
-    signs: bool,
-    zero_points: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Random codes [..., N, K * bits / 8], scales [..., N, G] or [..., N], packed zero points."""
-    *lead, n, k = shape
-    codes = rng.integers(0, 1 << fmt.bits, shape, dtype=np.uint8)
-    scale_shape = (*lead, n, fmt.groups(k, block_size)) if block_size else (*lead, n)
-    spread = np.std(fmt.values) * math.sqrt(k)
-    scales = rng.uniform(0.5, 1.5, scale_shape) / spread
-    if signs:
-        scales *= rng.choice([-1.0, 1.0], scale_shape)
-    zeros = None
-    if zero_points:
-        middle, quarter = int(fmt.default_zero_point), (1 << fmt.bits) // 4
-        zeros = rng.integers(middle - quarter, middle + quarter + 1, scale_shape, dtype=np.uint8)
-        extreme = rng.random(scale_shape) < 0.05  # the two ends of the range too
-        zeros[extreme] = rng.choice([0, (1 << fmt.bits) - 1], int(extreme.sum()))
-        zeros = formats.pack(zeros, fmt.bits)
-    return formats.pack(codes, fmt.bits), scales.astype(scale_dtype), zeros
 
 
 def router_logits(
@@ -102,7 +72,10 @@ def router_logits(
 
 @dataclass(frozen=True)
 class QMoECase:
-    """A QMoE node and its inputs."""
+    """A QMoE node and its inputs.
+
+    block_size is that of formats which leave it open; the others have their own (`block`).
+    """
 
     format: str = "int4"
     block_size: int = 32
@@ -119,6 +92,10 @@ class QMoECase:
     fusion: int = 1
     fc3: bool = False
     fc2_format: str | None = None  # that of fc1 by default
+    quant_type: str | None = None  # that of the format by default; or wfp4afp8
+    act_scales: str = "none"  # wfp4afp8: none (found at run time), one (for all) or experts
+    layout: str = "raw"  # raw, fpa_intb (int4 and int8) or k_major (4-bit floats)
+    as_bytes: bool = False  # fp8 weights and e8m0 scales in uint8 tensors
     alpha: float | None = None
     beta: float | None = None
     limit: float | None = None
@@ -143,21 +120,50 @@ class QMoECase:
     def output_dtype(self) -> np.dtype:
         return numpy_dtype(self.dtype)
 
+    @property
+    def fmt(self) -> formats.Format:
+        return formats.get(self.format)
+
+    @property
+    def block(self) -> int:
+        """The block size of the weights; 0 = a scale a row, or an expert."""
+        return self.fmt.only_block_size or self.block_size
+
+    def fitted(self) -> QMoECase:
+        """The same node without what its format does not have."""
+        fmt, changes = self.fmt, {}
+        unit = 8 if fmt.square_blocks else self.block or 8
+        changes["hidden"] = -(-self.hidden // unit) * unit
+        changes["inter"] = -(-self.inter // unit) * unit
+        changes["block_size"] = self.block_size if fmt.only_block_size is None else 32
+        changes["zero_points"] = self.zero_points and fmt.zero_points
+        if fmt.scale_type != "float":
+            changes["scale_dtype"] = None
+        if fmt.has_global_scale(self.block):
+            changes["fc3"] = False
+        if fmt.has_global_scale(self.block) or fmt.square_blocks:
+            changes["trailing_group_axis"] = False
+        return dataclasses.replace(self, **changes)
+
     def attributes(self) -> dict[str, int | float | str]:
+        is_integer = self.fmt.qmoe_attributes["quant_type"] == "int"
         attributes: dict[str, Any] = {
-            **formats.get(self.format).qmoe_attributes,
+            **self.fmt.qmoe_attributes,
             "k": self.k,
             "activation_type": self.activation,
             "normalize_routing_weights": int(self.normalize),
             "swiglu_fusion": self.fusion if self.activation in GATED else None,
-            "block_size": self.block_size or None,
+            "block_size": (None if self.fmt.only_block_size else self.block_size) or None,
             "activation_alpha": self.alpha,
             "activation_beta": self.beta,
             "swiglu_limit": self.limit,
             "use_sparse_mixer": int(self.sparse_mixer) or None,
             "accuracy_level": self.accuracy_level or None,
-            "weights_prepacked": 0,
+            "weights_prepacked": int(self.layout == "fpa_intb") if is_integer else None,
+            "weights_layout": self.layout if self.fmt.scale_type != "float" else None,
         }
+        if self.quant_type:
+            attributes["quant_type"] = self.quant_type
         if self.fc2_format:
             attributes["fc2_expert_weight_bits"] = formats.get(self.fc2_format).bits
         return {name: value for name, value in attributes.items() if value is not None}
@@ -178,24 +184,31 @@ class QMoECase:
         logits = router_logits(rng, self.router, self.tokens, self.experts, self.k)
         tensors["router_probs"] = logits.astype(router_dtype)
         for name, shape in shapes.items():
-            codes, scales, zero_points = random_projection(
+            fmt = formats.get(self.fc2_format or self.format if name == "fc2" else self.format)
+            weights = random_weights(
                 rng,
-                formats.get(self.fc2_format or self.format if name == "fc2" else self.format),
+                fmt,
                 shape,
-                self.block_size,
+                self.block,
                 numpy_dtype(self.scale_dtype or self.dtype),
                 signs=self.signs,
                 zero_points=self.zero_points,
+                powers_of_two=self.quant_type == "wfp4afp8" and self.dtype != "float32",
             )
             if self.trailing_group_axis:
-                scales = scales[..., None]
-            tensors[f"{name}_experts_weights"] = codes
-            tensors[f"{name}_scales"] = scales
-            if zero_points is not None:
-                tensors[f"{name}_zero_points"] = zero_points
+                weights["scales"] = weights["scales"][..., None]
+            if self.as_bytes and fmt.scale_type == "float8e8m0":
+                weights["scales"] = weights["scales"].view(np.uint8)
+            codes = weights.pop("codes")
+            tensors[f"{name}_experts_weights"] = codes if self.as_bytes else typed(codes, fmt)
+            tensors |= {f"{name}_{part}": tensor for part, tensor in weights.items()}
             if self.bias:
                 bias = 0.5 * rng.standard_normal(shape[:2])
                 tensors[f"{name}_experts_bias"] = bias.astype(dtype)
+            if self.act_scales != "none":
+                count = self.experts if self.act_scales == "experts" else 1
+                scales = rng.uniform(0.5, 1.5, count) / 64  # N(0, 1) inputs are 64 steps of it
+                tensors[f"{name}_act_scale"] = scales.astype(np.float32)
         if self.router_weights:
             weights = rng.uniform(0.05, 1.0, (self.tokens, self.experts))
             tensors["router_weights"] = weights.astype(router_dtype)
@@ -207,7 +220,19 @@ class QMoECase:
         return tensors
 
     def model(self, tensors: Tensors, domain: str = DOMAIN) -> onnx.ModelProto:
-        return one_node_model("QMoE", tensors, self.attributes(), domain=domain)
+        return one_node_model("QMoE", self.stored(tensors), self.attributes(), domain=domain)
+
+    def stored(self, tensors: Tensors) -> Tensors:
+        """The tensors with the weights in the case's layout."""
+        weights = {name: t for name, t in tensors.items() if name.endswith("experts_weights")}
+        if self.layout == "raw":
+            return tensors
+        return tensors | {
+            name: stored(
+                tensor, reference.projection_format(self.attributes(), name[:3]).bits, self.layout
+            )
+            for name, tensor in weights.items()
+        }
 
     def expected(self, tensors: Tensors) -> np.ndarray:
         """What the oracle says, float64."""
@@ -225,9 +250,10 @@ def projections(tensors: Tensors) -> dict[str, reference.Projection]:
     return {
         name: reference.Projection(
             tensors[f"{name}_experts_weights"],
-            tensors[f"{name}_scales"],
+            tensors.get(f"{name}_scales"),
             tensors.get(f"{name}_zero_points"),
             tensors.get(f"{name}_experts_bias"),
+            tensors.get(f"{name}_global_scale"),
         )
         for name in ("fc1", "fc2", "fc3")
         if f"{name}_experts_weights" in tensors
@@ -240,6 +266,8 @@ def qmoe_oracle(tensors: Tensors, attributes: dict[str, int | float | str]) -> n
         tensors["router_probs"],
         **projections(tensors),
         router_weights=tensors.get("router_weights"),
+        fc1_act_scale=tensors.get("fc1_act_scale"),
+        fc2_act_scale=tensors.get("fc2_act_scale"),
         **attributes,
     )
 
@@ -261,6 +289,7 @@ class MatMulNBitsCase:
     bias: bool = True
     rank: int = 2
     flat: bool = False  # scales and zero points of rank 1, as older exporters write
+    layout: str = "raw"  # raw, fpa_intb or fpa_intb90
     accuracy_level: int = 0
     seed: int = 0
 
@@ -288,6 +317,8 @@ class MatMulNBitsCase:
         }
         if self.accuracy_level:
             attributes["accuracy_level"] = self.accuracy_level
+        if self.layout != "raw":
+            attributes["weight_prepacked"] = {"fpa_intb": 1, "fpa_intb90": 2}[self.layout]
         return dict(attributes)
 
     def tensors(self) -> Tensors:
@@ -295,7 +326,7 @@ class MatMulNBitsCase:
         rng = np.random.default_rng([self.seed, self.n, self.k])
         fmt, dtype = formats.get(self.format), numpy_dtype(self.dtype)
         padded_k = self.groups * self.block_size
-        codes, scales, zero_points = random_projection(
+        weights = random_weights(
             rng,
             fmt,
             (self.n, padded_k),
@@ -311,10 +342,11 @@ class MatMulNBitsCase:
             a = a.reshape(-1)
         tensors: Tensors = {
             "A": a,
-            "B": codes.reshape(self.n, self.groups, self.block_size * fmt.bits // 8),
-            "scales": scales,
+            "B": weights["codes"].reshape(self.n, self.groups, self.block_size * fmt.bits // 8),
+            "scales": weights["scales"],
         }
-        if zero_points is not None:
+        if "zero_points" in weights:
+            zero_points = weights["zero_points"]
             values = formats.unpack(zero_points, fmt.bits, self.groups)
             if self.zero_points == "bytes":
                 zero_points = values
@@ -333,7 +365,12 @@ class MatMulNBitsCase:
         return tensors
 
     def model(self, tensors: Tensors, domain: str = DOMAIN) -> onnx.ModelProto:
-        return one_node_model("MatMulNBits", tensors, self.attributes(), domain=domain)
+        b = tensors["B"]
+        raw = b.reshape(self.n, -1)  # of whole blocks, where the layout is not the raw one
+        moved = stored(raw, formats.get(self.format).bits, self.layout).reshape(b.shape)
+        return one_node_model(
+            "MatMulNBits", tensors | {"B": moved}, self.attributes(), domain=domain
+        )
 
     def expected(self, tensors: Tensors) -> np.ndarray:
         """What the oracle says, float64."""

@@ -36,7 +36,7 @@ def problems(case: Case, target: Target) -> Iterator[Problem]:
     common |= {
         "rows": case.tokens * case.k,
         "experts": case.experts,
-        "block_size": case.block_size,
+        "block_size": case.block,
         "zero_points": case.zero_points,
     }
     activation = "swiglu" if case.activation == "silu" and case.fc3 else case.activation

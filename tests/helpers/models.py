@@ -30,6 +30,12 @@ QMOE_INPUTS = (
     "fc2_zero_points",
     "fc3_zero_points",
     "router_weights",
+    "fc1_global_scale",
+    "fc2_global_scale",
+    "fc1_act_scale",
+    "fc2_act_scale",
+    "fc1_act_block_scale",
+    "fc2_act_block_scale",
 )
 MATMUL_NBITS_INPUTS = ("A", "B", "scales", "zero_points", "g_idx", "bias")
 

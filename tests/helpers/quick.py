@@ -33,6 +33,13 @@ def quick_cases(format_name: str) -> list[Case]:
                 router_rank=3,
             ),
         ]
+        if "wfp4afp8" in fmt.quant_types:
+            quantized = {**common, "quant_type": "wfp4afp8", "hidden": 96, "inter": 160}
+            cases += [
+                QMoECase(**quantized, tokens=2),
+                QMoECase(**quantized, tokens=40, experts=8, k=3),
+                QMoECase(**quantized, tokens=9, act_scales="experts"),
+            ]
         if fmt.matmul_nbits_attributes is None:
             continue
         zero_points = "packed" if fmt.zero_points else "none"
@@ -42,4 +49,4 @@ def quick_cases(format_name: str) -> list[Case]:
             MatMulNBitsCase(**common, m=19, n=130, k=320, block_size=128, bias=False),
             MatMulNBitsCase(**common, m=130, n=72, k=160, g_idx="shuffled"),
         ]
-    return cases
+    return [case.fitted() if case.op_type == "QMoE" else case for case in cases]

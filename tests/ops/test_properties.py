@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from helpers.cases import ACTIVATIONS, GATED, MatMulNBitsCase, QMoECase, feeds_of
 from helpers.dtypes import FLOAT_DTYPES
-from helpers.models import one_node_model
 from helpers.run import bits_of, open_session, run, run_case
 from helpers.tolerance import check
 from hypothesis import HealthCheck, given, settings
@@ -74,8 +73,16 @@ def qmoe_cases(draw: st.DrawFn) -> QMoECase:
     fc3 = fusion == 0 and (gated or activation == "silu") and draw(st.booleans())
     swiglu = activation == "swiglu"
     router_weights = draw(st.booleans())
-    return QMoECase(
+    quant_type = draw(st.sampled_from([None, *fmt.other_quant_types]))
+    layouts = ["raw"]
+    if fmt.scale_type != "float":
+        layouts = ["raw", "k_major"]
+    case = QMoECase(
         format=fmt.name,
+        quant_type=quant_type,
+        act_scales=draw(st.sampled_from(["none", "one", "experts"])) if quant_type else "none",
+        layout=draw(st.sampled_from(layouts)),
+        as_bytes=draw(st.booleans()),
         block_size=block_size,
         dtype=draw(dtypes),
         scale_dtype=draw(optional_dtypes),
@@ -103,6 +110,7 @@ def qmoe_cases(draw: st.DrawFn) -> QMoECase:
         accuracy_level=draw(st.sampled_from([0, 0, 0, 4])),
         seed=draw(seeds),
     )
+    return case.fitted()
 
 
 @relaxed
@@ -141,15 +149,21 @@ def test_three_ways_to_store_gates_and_ups(device: str, case: QMoECase) -> None:
         fc3=False,
         limit=None,
         zero_points=case.zero_points and case.block_size > 0,  # else they are packed across rows
+        block_size=0 if case.fmt.square_blocks else case.block_size,  # squares hold several rows
     )
     interleaved = case.tensors()
     halves, apart = dict(interleaved), dict(interleaved)
-    for name in [n for n in interleaved if n.startswith("fc1_")]:
-        gates, ups = interleaved[name][:, 0::2], interleaved[name][:, 1::2]
+    for name, tensor in interleaved.items():
+        if not name.startswith("fc1_") or tensor.ndim < 2:  # one value an expert
+            continue
+        gates, ups = tensor[:, 0::2], tensor[:, 1::2]
         halves[name] = np.concatenate([gates, ups], axis=1)
         apart[name], apart[name.replace("fc1", "fc3")] = gates, ups
+    ways = [(interleaved, 1, False), (interleaved, 0, False), (halves, 2, False)]
+    if not case.fmt.has_global_scale(case.block):  # of which fc3 has none
+        ways.append((apart, 0, True))
     results = set()
-    for tensors, fusion in ((interleaved, 1), (interleaved, 0), (halves, 2), (apart, 0)):
-        model = one_node_model("QMoE", tensors, {**case.attributes(), "swiglu_fusion": fusion})
+    for tensors, fusion, fc3 in ways:
+        model = dataclasses.replace(case, fusion=fusion, fc3=fc3).model(tensors)
         results.add(bits_of(run(open_session(model, device), feeds_of(tensors))))
     assert len(results) == 1

@@ -5,15 +5,18 @@ That sessions stand threads, each other and bad input is tested in tests/ops.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from helpers.blank import Blank
 from helpers.cases import Case, MatMulNBitsCase, QMoECase, feeds_of
 from helpers.models import one_node_model, save_external
 from helpers.ort_c_api import Runtime, library_path
@@ -142,6 +145,168 @@ def test_saved_optimized_model(case: Case, tmp_path: Path) -> None:
     assert again.tobytes() == first.tobytes()
 
 
+# --- quant types and layouts ----------------------------------------------------------------------
+
+HAS_E8M0 = int(ort.__version__.split(".")[1]) >= 27
+needs_e8m0 = pytest.mark.skipif(not HAS_E8M0, reason="this onnxruntime has no float8e8m0")
+
+
+def ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "blank",
+    [
+        Blank(bits=2),
+        Blank(bits=8, fc2_bits=2),
+        *(Blank(scales=scales) for scales in DTYPES),
+        pytest.param(Blank("fp4"), marks=needs_e8m0),
+        Blank("fp4", scales="uint8", layout="transposed"),
+        Blank("nvfp4"),
+        Blank("nvfp4", layout="transposed"),
+        pytest.param(Blank("wfp4afp8"), marks=needs_e8m0),
+        Blank("wfp4afp8", scales="uint8", act_scales=1),
+        Blank("wfp4afp8", scales="uint8", act_scales=4),
+        Blank("fp8", block_size=0),
+        Blank("fp8", block_size=0, float8_weights=False),
+        Blank("fp8", block_size=128, hidden=160, inter=80, gate="fc3"),
+        Blank(hidden=128, inter=64, layout="transposed"),
+        Blank(bits=8, block_size=0, hidden=128, inter=64, layout="transposed"),
+    ],
+    ids=str,
+)
+def test_every_quant_type_opens_and_runs(blank: Blank, dtype: str) -> None:
+    """Numbers are tested elsewhere; blank weights give finite ones."""
+    blank = dataclasses.replace(blank, dtype=dtype)
+    tensors = blank.tensors()
+    feeds = {name: tensors[name] for name in ("input", "router_probs")}
+    result = run(open_session(blank.model("qmoe_plugin")), feeds)
+    assert result.shape == tensors["input"].shape
+    assert result.dtype == tensors["input"].dtype
+    assert np.isfinite(result.astype(np.float32)).all()
+
+
+@pytest.mark.skipif(HAS_E8M0, reason="this onnxruntime has float8e8m0")
+def test_bytes_stand_in_for_float8e8m0() -> None:
+    with pytest.raises(Exception, match="float8e8m0"):
+        open_session(Blank("fp4").model("qmoe_plugin"))
+    open_session(Blank("fp4", scales="uint8").model("qmoe_plugin"))
+
+
+@pytest.mark.parametrize(
+    ("blank", "attributes", "tensors", "message"),
+    [
+        (Blank(), {"quant_type": "mxfp4"}, {}, "allowed are int, fp4, nvfp4, fp8 and wfp4afp8"),
+        (Blank("fp4"), {"block_size": 16}, {}, 'quant_type "fp4" has blocks of 32, so leave it'),
+        (Blank("fp4", bits=8), {}, {}, 'expert_weight_bits is 8; .* "fp4" has 4 bits a weight'),
+        (Blank("fp8", fc2_bits=4), {}, {}, 'fc2_expert_weight_bits is 4; .* "fp8" has 8 bits'),
+        (Blank("fp4"), {}, {"fc1_global_scale": None}, r"input 15 \(global scale\) is missing"),
+        (Blank("fp4"), {}, {"fc2_global_scale": ones(1)}, r"must be float32\[4\]"),
+        (
+            Blank("fp8"),
+            {},
+            {"fc2_global_scale": ones(4)},
+            r"input 16 .* with block_size has a scale",
+        ),
+        (Blank(), {}, {"fc1_global_scale": ones(4)}, r"input 15 .* has no global scales"),
+        (
+            Blank("fp4", gate="fc3"),
+            {},
+            {},
+            "there is no input for that of fc3; store gates and ups",
+        ),
+        (
+            Blank("fp4", scales="float32"),
+            {},
+            {},
+            "Qwen3.5-MoE with moe_quant_type=mxfp4: they hold",
+        ),
+        (Blank("nvfp4", scales="uint8"), {}, {}, "must be float8e4m3fn, not bytes"),
+        (Blank("nvfp4", scales="float16"), {}, {}, "must be float8e4m3fn"),
+        (Blank("fp8", scales="float8e4m3fn"), {}, {}, "are float32, float16 and bfloat16"),
+        (Blank("fp8"), {"block_size": None}, {}, "without block_size has a factor an expert"),
+        (Blank("fp8", layout="transposed"), {}, {}, "fp8_e4m3 weights of this node must be"),
+        (Blank("fp8"), {}, {"fc1_scales": ones(4, 192, 2)}, r"must be \[4, 6, 2\]"),
+        (Blank("fp8", inter=92), {}, {}, "inter_size 92 must be multiples of 8"),
+        (
+            Blank("fp8"),
+            {},
+            {"fc1_experts_weights": np.full((4, 192, 64), 0x7F, np.uint8)},
+            r"fc1 weight of expert 0, row 0, column 0 is NaN \(code 127\)",
+        ),
+        (
+            Blank("fp4", scales="uint8"),
+            {},
+            {"fc2_scales": np.full((4, 64, 3), 255, np.uint8)},
+            "fc2 scale of expert 0, row 0, block 0 is nan",
+        ),
+        (
+            Blank("nvfp4"),
+            {},
+            {"fc2_scales": np.full((4, 64, 6), np.nan, ml_dtypes.float8_e4m3fn)},
+            "scales must be finite",
+        ),
+        (Blank("fp8", zero_points=True, block_size=32), {}, {}, "fp8_e4m3 takes none"),
+        (Blank("nvfp4", act_scales=1), {}, {}, 'belong to quant_type "wfp4afp8"'),
+        (Blank("wfp4afp8", scales="uint8", act_scales=3), {}, {}, r"float32\[1\] or float32\[4\]"),
+        (
+            Blank("wfp4afp8", scales="uint8", act_scales=1),
+            {},
+            {"fc1_act_scale": -ones(1)},
+            "act",
+        ),
+        (
+            Blank("wfp4afp8", scales="uint8"),
+            {},
+            {"fc2_act_scale": ones(1)},
+            "input 18 .* without input 17",
+        ),
+        (
+            Blank("wfp4afp8", scales="uint8"),
+            {},
+            {"fc1_act_block_scale": np.ones((4, 3, 2), np.uint8)},
+            "input 19 .* found at run time",
+        ),
+        (Blank(), {"weights_layout": "k_major"}, {}, '"" \\(not said\\), "raw", "fpa_intb"'),
+        (
+            Blank(),
+            {"weights_layout": "raw", "weights_prepacked": 1},
+            {},
+            'weights_layout is "raw", but weights_prepacked=1 says "fpa_intb"',
+        ),
+        (Blank("nvfp4"), {"weights_prepacked": 1}, {}, 'belongs to quant_type "int"'),
+        (Blank(), {"weights_prepacked": 1}, {}, "as weights_prepacked=1 says SM80 prepacked"),
+        (Blank(layout="transposed"), {}, {}, "it needs a multiple of 64 columns and of 32 rows"),
+        (
+            Blank(bits=2, hidden=128, inter=64, layout="transposed"),
+            {},
+            {},
+            "it holds 4-bit and 8-bit codes, not 2-bit ones",
+        ),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_refused_quant_types_and_layouts(
+    blank: Blank,
+    attributes: dict[str, int | str | None],
+    tensors: dict[str, np.ndarray | None],
+    message: str,
+) -> None:
+    if blank.scales is None and blank.quant_type in ("fp4", "wfp4afp8") and not HAS_E8M0:
+        pytest.skip("this onnxruntime has no float8e8m0")
+    with pytest.raises(Exception, match=f"QMoE node 'node': .*{message}"):
+        open_session(blank.model("qmoe_plugin", attributes, tensors))
+
+
+def test_scales_of_different_types_are_refused() -> None:
+    """By onnxruntime: in com.microsoft too they have one type."""
+    model = Blank().model("qmoe_plugin", tensors={"fc2_scales": np.ones((4, 64, 3), np.float16)})
+    with pytest.raises(Exception, match="no kernel def matches node inputs for Op: QMoE"):
+        open_session(model)
+
+
 # --- two copies of ONNX Runtime in one process ----------------------------------------------------
 
 
@@ -250,12 +415,19 @@ def test_log_line(case: Case, library: str, tmp_path: Path) -> None:
     assert log_of(library, model, tmp_path, severity=2) == []
 
 
-def test_ambiguous_layout_is_warned_about(library: str, tmp_path: Path) -> None:
-    """hidden_size = inter_size and nothing gated: raw and prepacked weights look alike."""
-    case = QMoECase(hidden=64, inter=64, activation="relu")
-    attributes = case.attributes()
-    del attributes["weights_prepacked"]
-    model = one_node_model("QMoE", case.tensors(), attributes)
-    warnings = log_of(library, model, tmp_path, severity=2)
-    assert "read as raw. Write weights_prepacked=0" in "".join(warnings)
-    check(case, case.tensors(), run(open_session(model), feeds_of(case.tensors())))
+@pytest.mark.parametrize(
+    ("quant_type", "advice"),
+    [
+        ("int", "raw. Write weights_prepacked=0"),
+        ("nvfp4", 'K-major. Write weights_layout="k_major"'),
+    ],
+)
+def test_ambiguous_layout_is_warned_about(
+    quant_type: str, advice: str, library: str, tmp_path: Path
+) -> None:
+    """hidden_size = inter_size and nothing gated: all layouts look alike."""
+    blank = Blank(quant_type, hidden=64, inter=64, gate="none")
+    warnings = log_of(library, blank.model("qmoe_plugin"), tmp_path, severity=2)
+    assert f"they are read as {advice} if that is right" in "".join(warnings)
+    stated = blank.model("qmoe_plugin", {"weights_layout": "raw"})
+    assert log_of(library, stated, tmp_path, severity=2) == []

@@ -5,10 +5,13 @@ although our op takes it would cost speed. So random nodes, most with something 
 both.
 """
 
+import ml_dtypes
 import numpy as np
 import onnxruntime
 import pytest
+from helpers.blank import SCALE_TYPES, Blank
 from helpers.cases import MatMulNBitsCase, QMoECase
+from helpers.models import one_node_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -28,11 +31,12 @@ QMOE_ATTRIBUTES = {
     "fc3_expert_weight_bits": st.sampled_from([4, 8]),
     "k": st.sampled_from([-1, 0, 1, 2, 4, 5]),
     "normalize_routing_weights": FLAGS,
-    "quant_type": st.sampled_from(["int", "fp4", "nvfp4", "other"]),
+    "quant_type": st.sampled_from(["int", "fp4", "nvfp4", "fp8", "wfp4afp8", "other"]),
     "swiglu_fusion": st.sampled_from([-1, 0, 1, 2, 3]),
     "swiglu_limit": st.sampled_from([7.0, 0.0, -1.0, float("inf")]),
     "use_sparse_mixer": FLAGS,
-    "weights_prepacked": st.sampled_from([0, 1, 2]),
+    "weights_layout": st.sampled_from(["", "raw", "k_major", "fpa_intb", "other"]),
+    "weights_prepacked": st.sampled_from([-1, 0, 1, 2]),
 }
 MATMUL_ATTRIBUTES = {
     "K": st.sampled_from([0, 95, 96, 128]),
@@ -55,9 +59,72 @@ QMOE_CASES = st.builds(
     bias=st.booleans(),
     trailing_group_axis=st.booleans(),
 )
+SIZES = {
+    "hidden": st.sampled_from([64, 96, 128]),
+    "inter": st.sampled_from([64, 96, 128]),
+    "layout": st.sampled_from(["raw", "transposed"]),
+    "gate": st.sampled_from(["fused", "none"]),
+    "bias": st.booleans(),
+}
+INT_BLANKS = st.builds(
+    Blank,
+    bits=st.sampled_from([2, 4, 8]),
+    fc2_bits=st.sampled_from([None, None, 2, 4, 8]),
+    block_size=st.sampled_from([0, 16, 32]),
+    zero_points=st.booleans(),
+    **{**SIZES, "gate": st.sampled_from(["fused", "fc3", "none"])},
+)
+FP4_BLANKS = st.builds(
+    Blank,
+    quant_type=st.sampled_from(["fp4", "nvfp4", "wfp4afp8"]),
+    bits=st.sampled_from([None, 4]),
+    **SIZES,
+)
+ACT_BLANKS = st.builds(
+    Blank,
+    quant_type=st.just("wfp4afp8"),
+    scales=st.sampled_from(["uint8", "float8e8m0"]),
+    act_scales=st.sampled_from([1, 2, 4]),
+    **SIZES,
+)
+FP8_BLANKS = st.builds(
+    Blank,
+    quant_type=st.just("fp8"),
+    bits=st.sampled_from([None, 8]),
+    block_size=st.sampled_from([0, 16, 64, 128]),
+    float8_weights=st.booleans(),
+    scales=st.sampled_from([None, "float16"]),
+    **{
+        **SIZES,
+        "inter": st.sampled_from([64, 72, 100]),
+        "layout": st.sampled_from(["raw", "raw", "transposed"]),
+        "gate": st.sampled_from(["fused", "fc3", "none"]),
+    },
+)
+WILD_BLANKS = st.builds(
+    Blank,
+    quant_type=st.sampled_from(["int", "fp4", "nvfp4", "fp8", "wfp4afp8"]),
+    bits=st.sampled_from([None, 2, 4, 8]),
+    fc2_bits=st.sampled_from([None, None, 2, 4, 8]),
+    block_size=st.sampled_from([0, 16, 32, 64]),
+    scales=st.sampled_from([None, *SCALE_TYPES]),
+    zero_points=st.booleans(),
+    act_scales=st.sampled_from([0, 1]),
+    **{**SIZES, "inter": st.sampled_from([64, 72]), "gate": st.sampled_from(["fc3", "none"])},
+)
+BLANKS = st.one_of(INT_BLANKS, FP4_BLANKS, FP4_BLANKS, ACT_BLANKS, FP8_BLANKS, WILD_BLANKS)
+EXTRA_TENSORS = {
+    "fc1_global_scale": st.sampled_from([None, np.ones(4, np.float32), np.ones(1, np.float32)]),
+    "fc2_global_scale": st.sampled_from([None, np.ones(4, np.float16)]),
+    "fc1_act_scale": st.sampled_from([None, np.ones((4, 1), np.float32)]),
+    "fc2_act_block_scale": st.just(np.ones((4, 3, 2), ml_dtypes.float8_e8m0fnu)),
+    "fc2_scales": st.sampled_from([np.ones((4, 64, 2), dtype) for dtype in SCALE_TYPES.values()]),
+}
 MATMUL_CASES = st.builds(
     MatMulNBitsCase,
-    format=st.sampled_from(["int4", "int8"]),
+    format=st.sampled_from(["int2", "int4", "int8"]),
+    n=st.sampled_from([48, 64]),
+    k=st.sampled_from([96, 128]),
     zero_points=st.sampled_from(["none", "packed", "bytes", "typed"]),
     g_idx=st.sampled_from(["none", "shuffled"]),
     bias=st.booleans(),
@@ -92,7 +159,7 @@ def reshaped(draw, tensors):
     elif change == "wider":
         changed = tensor[None]
     else:
-        changed = tensor.astype(np.int64 if tensor.dtype == np.uint8 else np.uint8)
+        changed = np.zeros(tensor.shape, np.int64 if tensor.dtype == np.uint8 else np.uint8)
     return {**tensors, name: changed}
 
 
@@ -137,9 +204,24 @@ def compare(model):
 def test_qmoe(data):
     case = data.draw(QMOE_CASES)
     tensors = data.draw(reshaped(case.tensors()))
-    compare(
-        with_attributes(case.model(tensors, "com.microsoft"), data.draw(subsets(QMOE_ATTRIBUTES)))
-    )
+    model = one_node_model("QMoE", tensors, case.attributes(), domain="com.microsoft")
+    compare(with_attributes(model, data.draw(subsets(QMOE_ATTRIBUTES))))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_quant_types_and_layouts(data):
+    blank = data.draw(BLANKS)
+    attributes, extra, tensors = {}, {}, blank.tensors()
+    change = data.draw(st.sampled_from(["none", "attribute", "tensor", "extra tensor"]))
+    if change == "attribute":
+        attributes = data.draw(subsets(QMOE_ATTRIBUTES))
+    elif change == "tensor":
+        tensors = data.draw(reshaped(tensors))
+    elif change == "extra tensor":
+        extra = data.draw(subsets(EXTRA_TENSORS))
+    dropped = {name: None for name in blank.tensors() if name not in tensors}
+    compare(blank.model("com.microsoft", attributes, {**tensors, **dropped, **extra}))
 
 
 @settings(max_examples=200, deadline=None)
@@ -147,6 +229,5 @@ def test_qmoe(data):
 def test_matmul_nbits(data):
     case = data.draw(MATMUL_CASES)
     tensors = data.draw(reshaped(case.tensors()))
-    compare(
-        with_attributes(case.model(tensors, "com.microsoft"), data.draw(subsets(MATMUL_ATTRIBUTES)))
-    )
+    model = one_node_model("MatMulNBits", tensors, case.attributes(), domain="com.microsoft")
+    compare(with_attributes(model, data.draw(subsets(MATMUL_ATTRIBUTES))))

@@ -4,8 +4,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from helpers.blank import Blank
 from helpers.cases import MatMulNBitsCase, QMoECase
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from qmoe_plugin.graph.describe import UnsupportedError, describe
 
@@ -45,67 +46,186 @@ def f32(*shape):
     return np.ones(shape, dtype=np.float32)
 
 
-# --- QMoE: prepacked weights (QMoECase: E 4, H 64, I 96, swiglu, int4) ---------------------------
+# --- QMoE: layouts -------------------------------------------------------------------------------
 
-RAW = {"fc1_experts_weights": u8(4, 192, 32), "fc2_experts_weights": u8(4, 64, 48)}
-PREPACKED = {"fc1_experts_weights": u8(4, 64, 96), "fc2_experts_weights": u8(4, 96, 32)}
-# H == I, not gated: both orders have the same shapes.
-SQUARE = QMoECase(hidden=64, inter=64, activation="relu")
-
-
-@pytest.mark.parametrize("stated", [None, -1, 0])
-def test_raw_shapes_are_raw_unless_the_node_says_otherwise(stated):
-    description = describe_model(qmoe_model(None, {"weights_prepacked": stated}, **RAW))
-    assert description.decided == {"weights_prepacked": 0}
+# Not square in fc2 / in fc1 / in both, and square in all, with sizes that prepacking takes.
+TALL = {"hidden": 128, "inter": 64}
+SQUARE = {"hidden": 64, "inter": 64, "gate": "none"}
 
 
+def layout_of(blank, **attributes):
+    """The attributes that say the layout, and the warning."""
+    description = describe_model(blank.model(attributes=attributes))
+    return dict(description.decided), description.warning
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("stated", [None, -1, 0, 1])
-def test_prepacked_shapes_are_refused(stated):
-    text = refusal(qmoe_model(None, {"weights_prepacked": stated}, **PREPACKED))
-    assert "prepacked for stock CUDA kernels, as their shapes show" in text
-    assert "qmoe_weights_prepacked=0" in text
-    assert ("although weights_prepacked=0" in text) == (stated == 0)
-
-
-def test_raw_shapes_that_are_said_to_be_prepacked_are_refused():
-    assert "weights_prepacked=1 says" in refusal(qmoe_model(None, {"weights_prepacked": 1}, **RAW))
+@pytest.mark.parametrize("layout", ["raw", "transposed"])
+def test_shapes_tell_raw_from_prepacked(layout, stated, bits):
+    right = int(layout == "transposed")
+    blank = Blank(layout=layout, bits=bits, **TALL)
+    if stated in (None, -1, right):
+        assert layout_of(blank, weights_prepacked=stated) == ({"weights_prepacked": right}, "")
+    else:
+        text = refusal(blank.model(attributes={"weights_prepacked": stated}))
+        assert "must have shape" in text
+        assert text.endswith("as the node's attributes say")
 
 
 @pytest.mark.parametrize(
-    ("hidden", "inter"),
-    [(192, 96), (64, 64)],  # fc1 is square, or fc2 is: the other one tells
+    "sizes",
+    [{"hidden": 128, "inter": 64}, {"hidden": 64, "inter": 64}],  # fc1 is square, or fc2 is
+    ids=str,
 )
-def test_one_projection_that_is_not_square_is_enough(hidden, inter):
-    case = QMoECase(hidden=hidden, inter=inter)
-    assert describe_model(qmoe_model(case, {"weights_prepacked": None}))
-    prepacked = {
-        "fc1_experts_weights": u8(4, hidden, inter),
-        "fc2_experts_weights": u8(4, inter, hidden // 2),
-    }
-    assert "as their shapes show" in refusal(
-        qmoe_model(case, {"weights_prepacked": None}, **prepacked)
+@pytest.mark.parametrize("quant_type", ["int", "fp4", "nvfp4", "wfp4afp8"])
+def test_one_projection_that_is_not_square_is_enough(quant_type, sizes):
+    for layout, prepacked, name in (("raw", 0, "raw"), ("transposed", 1, "k_major")):
+        blank = Blank(quant_type, layout=layout, **sizes)
+        integer = quant_type == "int"
+        expected = {"weights_prepacked": prepacked} if integer else {"weights_layout": name}
+        assert layout_of(blank) == (expected, "")
+
+
+def test_square_integers_are_raw_with_a_warning_unless_the_node_says_otherwise():
+    decided, warning = layout_of(Blank(**SQUARE))
+    assert decided == {"weights_prepacked": 0}
+    assert "they are read as raw. Write weights_prepacked=0 if that is right" in warning
+    for stated in (0, 1):
+        expected = ({"weights_prepacked": stated}, "")
+        assert layout_of(Blank(**SQUARE), weights_prepacked=stated) == expected
+        name = ("raw", "fpa_intb")[stated]
+        assert layout_of(Blank(**SQUARE), weights_layout=name) == expected
+
+
+def test_square_4_bit_floats_are_k_major_with_a_warning_unless_the_node_says_otherwise():
+    decided, warning = layout_of(Blank("fp4", **SQUARE))
+    assert decided == {"weights_layout": "k_major"}
+    assert "they are read as K-major. Write weights_layout=k_major if that is right" in warning
+    for name in ("raw", "k_major"):
+        expected = ({"weights_layout": name}, "")
+        assert layout_of(Blank("nvfp4", **SQUARE), weights_layout=name) == expected
+
+
+def test_square_weights_that_cannot_be_prepacked_are_raw():
+    """Per-channel K of 96 is no multiple of 64; 2-bit codes are never prepacked."""
+    for blank in (Blank(hidden=96, inter=96, gate="none"), Blank(bits=2, **SQUARE)):
+        assert layout_of(blank) == ({"weights_prepacked": 0}, "")
+
+
+def test_prepacked_shapes_that_no_exporter_writes_are_refused():
+    assert "it needs a multiple of 64 columns and of 32 rows" in refusal(
+        Blank(hidden=96, inter=64, layout="transposed").model()
+    )
+    assert "it holds 4-bit and 8-bit codes, not 2-bit ones" in refusal(
+        Blank(bits=2, layout="transposed", **TALL).model()
     )
 
 
-@pytest.mark.parametrize("stated", [None, -1, 1])
-def test_shapes_that_fit_both_orders_count_as_prepacked(stated):
-    text = refusal(qmoe_model(SQUARE, {"weights_prepacked": stated}))
-    assert "set weights_prepacked=0 if they are raw" in text
+@pytest.mark.parametrize(
+    ("blank", "attributes", "reason"),
+    [
+        (Blank(), {"weights_layout": "k_major"}, "allowed with quant_type 'int' are raw, fpa_intb"),
+        (Blank("fp8"), {"weights_layout": "k_major"}, "allowed with quant_type 'fp8' are raw"),
+        (Blank("fp4"), {"weights_layout": "fpa_intb"}, "'fp4' are k_major, raw"),
+        (Blank("fp4"), {"weights_layout": "k_major"}, "must have shape [4, 64, 96] if K-major"),
+        (Blank("fp4"), {"weights_prepacked": 1}, "belongs to quant_type 'int', not 'fp4'"),
+        (
+            Blank(),
+            {"weights_layout": "raw", "weights_prepacked": 1},
+            "weights_layout is 'raw', but weights_prepacked=1 says 'fpa_intb'",
+        ),
+    ],
+    ids=str,
+)
+def test_refuses_layouts(blank, attributes, reason):
+    assert reason in refusal(blank.model(attributes=attributes))
 
 
-def test_shapes_that_fit_both_orders_are_raw_if_the_node_says_so():
-    assert describe_model(qmoe_model(SQUARE, {"weights_prepacked": 0}))
+def test_shapes_of_neither_layout_are_refused():
+    text = refusal(Blank().model(tensors={"fc1_experts_weights": u8(4, 192, 31)}))
+    assert "fc1 weights uint8[4, 192, 31] must have shape [4, 192, 32] if raw. Or: " in text
+    assert "must have shape [4, 64, 96] if SM80 prepacked" in text
 
 
-def test_shapes_of_neither_order_are_refused():
-    text = refusal(qmoe_model(fc1_experts_weights=u8(4, 192, 31)))
-    assert "neither raw nor prepacked" in text
-    assert "fc1 [4, 192, 32], fc2 [4, 64, 48]" in text
+def test_projections_of_different_layout_are_refused():
+    mixed = {"fc2_experts_weights": u8(4, 96, 32)}
+    text = refusal(qmoe_model(None, {"weights_prepacked": None}, **mixed))
+    assert (
+        "fc2 weights uint8[4, 96, 32] must have shape [4, 64, 48] if raw. Or: fc1 weights" in text
+    )
 
 
-def test_projections_of_different_order_are_refused():
-    mixed = {**RAW, "fc2_experts_weights": PREPACKED["fc2_experts_weights"]}
-    assert "neither raw nor prepacked" in refusal(qmoe_model(None, **mixed))
+# --- QMoE: quant types ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("blank", "formats", "block_size"),
+    [
+        (Blank(bits=2), ("int2", "int2"), 32),
+        (Blank(bits=2, fc2_bits=4), ("int2", "int4"), 32),
+        (Blank("fp4"), ("mxfp4", "mxfp4"), 32),
+        (Blank("fp4", scales="uint8"), ("mxfp4", "mxfp4"), 32),
+        (Blank("nvfp4", dtype="float16"), ("nvfp4", "nvfp4"), 16),
+        (Blank("wfp4afp8", act_scales=1), ("mxfp4", "mxfp4"), 32),
+        (Blank("wfp4afp8", act_scales=4), ("mxfp4", "mxfp4"), 32),
+        (Blank("fp8", block_size=0), ("fp8_e4m3", "fp8_e4m3"), 0),
+        (Blank("fp8", block_size=0, float8_weights=False, bits=8), ("fp8_e4m3", "fp8_e4m3"), 0),
+        (Blank("fp8", block_size=128, hidden=160, inter=80, gate="fc3"), ("fp8_e4m3",) * 2, 128),
+        (Blank("fp8", block_size=64, scales="bfloat16"), ("fp8_e4m3", "fp8_e4m3"), 64),
+    ],
+    ids=str,
+)
+def test_quant_types(blank, formats, block_size):
+    gemms = describe_model(blank.model()).gemms
+    assert tuple(gemm.format for gemm in gemms) == formats
+    assert {gemm.block_size for gemm in gemms} == {block_size}
+    assert [gemm.k for gemm in gemms] == [blank.hidden, blank.inter]
+
+
+@pytest.mark.parametrize(
+    ("blank", "attributes", "tensors", "reason"),
+    [
+        (Blank(), {"quant_type": "mxfp4"}, {}, "quant_type is 'mxfp4'; allowed are fp4, fp8, int"),
+        (Blank("fp4"), {"block_size": 16}, {}, "quant_type 'fp4' has blocks of 32"),
+        (Blank("nvfp4"), {"block_size": 32}, {}, "quant_type 'nvfp4' has blocks of 16"),
+        (Blank("fp4", bits=8), {}, {}, "no format has quant_type 'fp4' and 8 bits"),
+        (Blank("fp8", bits=4), {}, {}, "no format has quant_type 'fp8' and 4 bits"),
+        (Blank("fp8", block_size=48), {}, {}, "block_size is 48; it must be a power of two"),
+        (Blank("fp4"), {}, {"fc2_global_scale": None}, "input 16, a global scale, is missing"),
+        (Blank("fp8", block_size=0), {}, {"fc1_global_scale": None}, "input 15, a global scale"),
+        (Blank("fp8"), {}, {"fc1_global_scale": f32(4)}, "is not supported for quant_type 'fp8'"),
+        (Blank(), {}, {"fc1_global_scale": f32(4)}, "is not supported for quant_type 'int'"),
+        (Blank("fp4"), {}, {"fc1_global_scale": f32(1)}, "must be float32 of shape [4]"),
+        (Blank("fp4", gate="fc3"), {}, {}, "there is no input for that of fc3"),
+        (Blank("fp8", gate="fc3", block_size=0), {}, {}, "there is no input for that of fc3"),
+        (Blank("fp4", scales="float16"), {}, {}, "Qwen3.5-MoE with moe_quant_type=mxfp4"),
+        (Blank("fp4", scales="float8e4m3fn"), {}, {}, "must be one of float8e8m0, uint8"),
+        (Blank("nvfp4", scales="uint8"), {}, {}, "must be one of float8e4m3fn for"),
+        (Blank("fp8", scales="float8e8m0"), {}, {}, "must be one of float, float16, bfloat16"),
+        (Blank("fp8"), {"block_size": None}, {}, "input 15, a global scale, is missing"),
+        (
+            Blank("fp8", block_size=0),
+            {},
+            {"fc1_scales": f32(4, 192)},
+            "has a factor an expert and no other scales",
+        ),
+        (Blank("fp8"), {}, {"fc1_scales": None}, "fc1 scales are missing"),
+        (Blank("fp8"), {}, {"fc1_scales": f32(4, 192, 2)}, "must have shape [4, 6, 2]"),
+        (Blank("fp8", layout="transposed"), {}, {}, "must have shape"),
+        (Blank("fp8", inter=92), {}, {}, "hidden_size 64 and inter_size 92 must be multiples of 8"),
+        (Blank("fp4", hidden=80), {}, {}, "multiples of 32, the block size"),
+        (Blank("fp4", zero_points=True), {}, {}, "format mxfp4 has no zero points"),
+        (Blank("fp4", act_scales=1), {}, {}, "belongs to quant_type 'wfp4afp8'"),
+        (Blank("wfp4afp8", act_scales=2), {}, {}, "must be float32 of shape [4] or [1]"),
+        (Blank("wfp4afp8"), {}, {"fc1_act_scale": f32(1)}, "one of inputs 17 and 18"),
+        (Blank("wfp4afp8"), {}, {"fc2_act_block_scale": f32(1)}, "they are found at run time"),
+        (Blank(), {}, {"fc2_scales": np.ones((4, 64, 3), np.float16)}, "must have the same type"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_refuses_quant_types(blank, attributes, tensors, reason):
+    assert reason in refusal(blank.model(attributes=attributes, tensors=tensors))
 
 
 # --- QMoE: what exporters write ------------------------------------------------------------------
@@ -139,10 +259,9 @@ def test_accepts(case):
 @pytest.mark.parametrize(
     ("attributes", "reason"),
     [
-        ({"quant_type": "fp4"}, "Qwen3.5-MoE with moe_quant_type=mxfp4"),
-        ({"quant_type": "nvfp4"}, "no format has quant_type 'nvfp4' and 4 bits"),
+        ({"quant_type": "other"}, "quant_type is 'other'; allowed are"),
         ({"expert_weight_bits": 3}, "no format has quant_type 'int' and 3 bits"),
-        ({"fc2_expert_weight_bits": 8}, "neither raw nor prepacked"),
+        ({"fc2_expert_weight_bits": 8}, "must have shape [4, 64, 96] if raw"),
         ({"fc3_expert_weight_bits": 8}, "fc3 has 8 bits and fc1 4"),
         ({"num_shared_experts": 1}, "attribute num_shared_experts is not known to QMoE"),
         ({"activation_type": "tanh"}, "activation_type is 'tanh'; allowed are identity, relu"),
@@ -173,9 +292,9 @@ def test_refuses_attributes(attributes, reason):
     ("tensors", "reason"),
     [
         ({"fc1_scales": f32(4)}, "fc1 scales float[4] must have shape [experts, rows]"),
-        ({"fc1_scales": f32(5, 192, 2)}, "neither raw nor prepacked"),
+        ({"fc1_scales": f32(5, 192, 2)}, "must have shape [5, 192, 32] if raw"),
         ({"fc2_scales": f32(4, 0, 3)}, "must have shape [experts, rows]"),
-        ({"fc1_scales": u8(4, 192, 2)}, "must be float32, float16 or bfloat16"),
+        ({"fc1_scales": u8(4, 192, 2)}, "must be one of float, float16, bfloat16 for"),
         ({"fc1_experts_weights": f32(4, 192, 32)}, "must be uint8 for format int4"),
         ({"fc1_experts_bias": f32(4, 96)}, "fc1 bias float[4, 96] must have shape [4, 192]"),
         ({"fc1_zero_points": u8(4, 192, 3)}, "fc1 zero points uint8[4, 192, 3] must have shape"),
@@ -188,19 +307,11 @@ def test_refuses_tensors(tensors, reason):
     assert reason in refusal(qmoe_model(**tensors))
 
 
-def test_refuses_global_scales():
-    model = qmoe_model()
-    node = model.graph.node[0]
-    node.input.extend([""] * (15 - len(node.input)) + ["fc1_global_scale"])
-    model.graph.initializer.append(numpy_helper.from_array(f32(4), "fc1_global_scale"))
-    assert "input 15, a global or activation scale" in refusal(model)
-
-
 def test_refuses_fc3_of_another_shape():
     case = QMoECase(fusion=0, fc3=True, bias=False)
     other = {"fc3_scales": f32(4, 64, 2), "fc3_experts_weights": u8(4, 64, 32)}
-    text = refusal(qmoe_model(case, {"weights_prepacked": 0}, **other))
-    assert "fc1 has 96 rows (gates) and fc3 64 (ups)" in text
+    text = refusal(qmoe_model(case, **other))
+    assert "fc3 weights uint8[4, 64, 32] must have shape [4, 96, 32] if raw" in text
 
 
 def test_refuses_a_node_without_its_weights():
@@ -255,6 +366,7 @@ CASE = MatMulNBitsCase(n=48, k=96, block_size=32)
         MatMulNBitsCase(zero_points="bytes"),
         MatMulNBitsCase(zero_points="typed", dtype="float16"),
         MatMulNBitsCase(g_idx="shuffled", bias=False),
+        MatMulNBitsCase(format="int2"),
     ],
     ids=str,
 )
@@ -265,11 +377,22 @@ def test_accepts_matmul_nbits(case):
     assert gemm.zero_points == (case.zero_points != "none")
 
 
+@pytest.mark.parametrize("prepacked", [0, 1, 2])
+@pytest.mark.parametrize("fmt", ["int4", "int8"])
+def test_accepts_prepacked_matmul_nbits(fmt, prepacked):
+    model = model_of(MatMulNBitsCase(fmt, n=64, k=128), {"weight_prepacked": prepacked})
+    assert describe_model(model).gemms[0].format == fmt
+
+
 @pytest.mark.parametrize(
     ("attributes", "tensors", "reason"),
     [
-        ({"weight_prepacked": 1}, {}, "weight_prepacked=1 says that B is prepacked"),
-        ({"bits": 2}, {}, "no format has quant_type 'int' and 2 bits"),
+        ({"weight_prepacked": 1}, {}, "B cannot be SM80 prepacked (fpA_intB): it needs"),
+        ({"weight_prepacked": 2}, {}, "B cannot be SM90 prepacked (fpA_intB): it needs"),
+        ({"weight_prepacked": 3}, {}, "weight_prepacked is 3; allowed are 0, 1 and 2"),
+        ({"weight_prepacked": 1, "bits": 2}, {}, "4-bit and 8-bit codes, not 2-bit ones"),
+        ({"weight_prepacked": 1, "K": 112}, {}, "it has no partial blocks, and K is 112"),
+        ({"bits": 3}, {}, "no format has quant_type 'int' and 3 bits"),
         ({"N": None}, {}, "N is 0 and K is 96; both must be given"),
         ({"block_size": 8}, {}, "block_size is 8"),
         ({"K": 128}, {}, "B uint8[48, 3, 16] must be uint8[48, 4, 16]"),

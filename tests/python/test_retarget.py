@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from helpers.blank import Blank
 from helpers.cases import MatMulNBitsCase, QMoECase
 from helpers.models import save_external
 from onnx import TensorProto, helper
@@ -64,6 +65,52 @@ def test_moves_a_node_writes_down_what_it_decided_and_back(stated):
     back = qmoe_plugin.unretarget(model)
     assert model == before
     assert len(back.moved) == 1
+
+
+@pytest.mark.parametrize(
+    ("blank", "attribute", "value"),
+    [
+        (Blank(hidden=128, inter=64, layout="transposed"), "weights_prepacked", 1),
+        (Blank("fp4"), "weights_layout", b"raw"),
+        (Blank("nvfp4", layout="transposed"), "weights_layout", b"k_major"),
+        (Blank("wfp4afp8", layout="transposed"), "weights_layout", b"k_major"),
+        (Blank("fp8"), None, None),
+        (Blank("fp8", block_size=0), None, None),
+    ],
+    ids=str,
+)
+def test_every_layout_is_written_down_and_taken_back(blank, attribute, value):
+    model = blank.model(STOCK)
+    before = copy.deepcopy(model)
+    assert len(qmoe_plugin.retarget(model, sm=0).moved) == 1
+    (node,) = model.graph.node
+    written = attributes_of(node)
+    assert written.get(attribute) == value
+    assert written.keys() - {attribute} == attributes_of(before.graph.node[0]).keys()
+    decoded = ir.from_proto(copy.deepcopy(model))
+    qmoe_plugin.unretarget(model)
+    assert model == before
+    qmoe_plugin.unretarget(decoded)
+    assert ir.to_proto(decoded) == ir.to_proto(ir.from_proto(before))
+
+
+def test_a_layout_that_the_user_wrote_keeps_the_node_from_com_microsoft():
+    model = Blank("fp4").model(STOCK, {"weights_layout": ""})
+    qmoe_plugin.retarget(model, sm=0)
+    assert attributes_of(model.graph.node[0])["weights_layout"] == b"raw"
+    report = qmoe_plugin.unretarget(model)
+    assert report.kept[0].reason == "com.microsoft has no attribute weights_layout for QMoE"
+    assert attributes_of(model.graph.node[0])["weights_layout"] == b"raw"
+
+
+def test_a_guess_is_reported(caplog):
+    with caplog.at_level(logging.WARNING, "qmoe_plugin"):
+        report = qmoe_plugin.retarget(Blank(inter=64, gate="none").model(STOCK), sm=0)
+    assert "they are read as raw" in report.moved[0].warning
+    assert [record.getMessage() for record in caplog.records] == [
+        f"QMoE 'node': {report.moved[0].warning}"
+    ]
+    assert "in doubt:\n  QMoE 'node': the node does not say" in str(report)
 
 
 def test_nothing_else_changes():
@@ -124,7 +171,7 @@ def test_a_node_that_is_refused_stays_with_its_reason(caplog):
         report = qmoe_plugin.retarget(model, sm=0)
     assert model == before
     (kept,) = report.kept
-    assert kept.reason.startswith("weights_prepacked=1 says")
+    assert kept.reason.endswith(", as the node's attributes say")
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [f"left alone: QMoE 'node': {kept.reason}"]
 
@@ -448,7 +495,7 @@ def test_report_groups_nodes_with_the_same_fate():
     assert lines[0] == "moved 3 of 4 nodes to qmoe_plugin, for CPU"
     assert lines[1].startswith("  MatMulNBits 'n0' and 2 more: dense gemm_")
     assert lines[2] == "left alone:"
-    assert lines[3].startswith("  MatMulNBits 'n3': weight_prepacked=2 says")
+    assert lines[3].startswith("  MatMulNBits 'n3': weight_prepacked is 2, but B cannot be")
     assert json.loads(json.dumps(report.to_dict()))["kept"][0]["name"] == "n3"
 
 

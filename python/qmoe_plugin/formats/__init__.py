@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from qmoe_plugin.formats.base import Format, Quantized, pack, unpack
+from qmoe_plugin.formats.base import Format, Quantized
+from qmoe_plugin.formats.packing import pack, unpack
 
 __all__ = ["FORMATS", "Format", "Quantized", "for_attributes", "get", "pack", "unpack"]
+
+_SHARED = ("base", "packing", "scales")  # what the formats are made of
 
 
 def _load() -> dict[str, Format]:
     formats: dict[str, Format] = {}
     for module in pkgutil.iter_modules(__path__):
-        if module.name == "base":
+        if module.name in _SHARED:
             continue
         found: Format = importlib.import_module(f"{__name__}.{module.name}").FORMAT
         if found.name != module.name:
@@ -32,14 +35,16 @@ def get(name: str) -> Format:
     return FORMATS[name]
 
 
-def for_attributes(quant_type: str, bits: int) -> Format:
+def for_attributes(quant_type: str, bits: int | None = None) -> Format:
     """The format of a QMoE projection with attribute `quant_type` and this many bits a weight.
 
-    MatMulNBits is quant_type "int".
+    MatMulNBits is quant_type "int". `bits` None means the node does not say: 4 for "int", else what
+    the format has.
     """
+    if bits is None and quant_type == "int":
+        bits = 4
     for candidate in FORMATS.values():
-        attributes = candidate.qmoe_attributes
-        if attributes["quant_type"] == quant_type and candidate.bits == bits:
+        if quant_type in candidate.quant_types and bits in (None, candidate.bits):
             return candidate
-    known = ", ".join(f"{f.qmoe_attributes['quant_type']} {f.bits} bit" for f in FORMATS.values())
+    known = ", ".join(f"{t} {f.bits} bit" for f in FORMATS.values() for t in f.quant_types)
     raise ValueError(f"no format has quant_type '{quant_type}' and {bits} bits; known: {known}")

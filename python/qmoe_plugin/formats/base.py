@@ -7,103 +7,46 @@ blocks along K:
 tensor          block_size > 0                      block_size = 0 (per channel)
 ==============  ==================================  =====================================
 codes           uint8 [..., N, ceil(K*bits/8)]      the same
-scales          float [..., N, G]                   float [..., N]
+scales          [..., N, G]                         float [..., N]
 zero_points     uint8 [..., N, ceil(G*bits/8)]      uint8 [..., ceil(N*bits/8)]
 ==============  ==================================  =====================================
 
 Codes and zero points are packed along their last axis, lowest bits first. These are the shapes of
 the QMoE inputs; MatMulNBits has the same bytes with K padded to whole blocks.
 
+Formats with scales of a small float type have a global scale too, float32 [...]: one factor an
+expert on all of its weights. Formats with square blocks have scales float [..., ceil(N / b),
+ceil(K / b)] for block_size b, partial at the edges, and for block_size 0 a global scale only.
+
 The numpy code here is the specification. Where ``qmoe_plugin._native`` is built, it does the same
-work faster, and the tests compare the two bit by bit.
+work faster for formats with float scales, and the tests compare the two bit by bit.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-
-
-@functools.cache
-def native() -> ModuleType | None:
-    """The compiled module, or None in a tree that was never built; a broken build raises."""
-    try:
-        return importlib.import_module("qmoe_plugin._native")
-    except ModuleNotFoundError:
-        return None
-
-
-def pack(codes: Array, bits: int) -> Array:
-    """Packs codes along the last axis, lowest bits first; the last byte is padded with zero codes.
-
-    Args:
-        codes: uint8 [..., K], each below 2^bits.
-        bits: 1, 2, 4 or 8 bits a code.
-
-    Returns:
-        uint8 [..., ceil(K * bits / 8)].
-    """
-    codes = np.asarray(codes)
-    if bits not in (1, 2, 4, 8):
-        raise ValueError(f"bits is {bits}; a byte holds whole codes of 1, 2, 4 or 8 bits")
-    if codes.size and (codes.min() < 0 or codes.max() >= 1 << bits):
-        raise ValueError(
-            f"codes lie in [{codes.min()}, {codes.max()}]; "
-            f"{bits}-bit codes lie in [0, {(1 << bits) - 1}]"
-        )
-    codes = codes.astype(np.uint8)
-    per_byte = 8 // bits
-    padding = -codes.shape[-1] % per_byte
-    if padding:
-        codes = np.concatenate(
-            [codes, np.zeros((*codes.shape[:-1], padding), dtype=np.uint8)], axis=-1
-        )
-    parts = codes.reshape(*codes.shape[:-1], codes.shape[-1] // per_byte, per_byte)
-    packed = np.zeros(parts.shape[:-1], dtype=np.uint8)
-    for i in range(per_byte):
-        packed |= parts[..., i] << np.uint8(i * bits)
-    return packed
-
-
-def unpack(packed: Array, bits: int, k: int) -> Array:
-    """Undoes `pack`.
-
-    Args:
-        packed: uint8 [..., at least ceil(k * bits / 8)].
-        bits: 1, 2, 4 or 8 bits a code.
-        k: How many codes to return.
-
-    Returns:
-        uint8 [..., k].
-    """
-    packed = np.asarray(packed)
-    per_byte = 8 // bits
-    if packed.dtype != np.uint8 or packed.shape[-1] * per_byte < k:
-        raise ValueError(
-            f"{k} codes of {bits} bits need {-(-k // per_byte)} bytes of uint8, "
-            f"given {packed.dtype}{list(packed.shape)}"
-        )
-    shifts = (np.arange(per_byte) * bits).astype(np.uint8)
-    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
-    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :k]
+from qmoe_plugin.formats import scales as small_floats
+from qmoe_plugin.formats.packing import Array, native, pack, unpack
+from qmoe_plugin.formats.scales import ScaleType
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised matrix, or a stack of them; shapes as in the module's docstring."""
+    """A quantised matrix, or a stack of them; shapes as in the module's docstring.
+
+    `scales` is None where the global scale is all there is, `global_scale` where there is none.
+    """
 
     codes: Array
-    scales: Array
+    scales: Array | None
     zero_points: Array | None = None
+    global_scale: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +56,16 @@ class Format:
     Attributes:
         name: Name of the format, and of its C++ header: "int4".
         bits: Bits a code: 2, 4 or 8.
-        values: What each code decodes to, float64 [2^bits].
+        values: What each code decodes to, float64 [2^bits]; NaN for codes that are no number.
         default_zero_point: Subtracted from the decoded code when a model gives no zero points.
         zero_points: Whether a model may give zero points.
         qmoe_attributes: Attributes of a QMoE node in this format.
         matmul_nbits_attributes: Attributes of a MatMulNBits node in this format; None if it has no
             such op.
+        other_quant_types: Further values of quant_type with these weights.
+        scale_type: Type of the scales.
+        only_block_size: The one block size that the format has; None = any, and per channel.
+        square_blocks: Blocks are block_size rows high, too.
     """
 
     name: str
@@ -128,6 +75,10 @@ class Format:
     zero_points: bool
     qmoe_attributes: Mapping[str, int | str] = field(repr=False)
     matmul_nbits_attributes: Mapping[str, int] | None = field(default=None, repr=False)
+    other_quant_types: tuple[str, ...] = ()
+    scale_type: ScaleType = "float"
+    only_block_size: int | None = None
+    square_blocks: bool = False
 
     def __post_init__(self) -> None:
         """Checks that there is a value for each code."""
@@ -141,9 +92,24 @@ class Format:
         """How many codes share a byte."""
         return 8 // self.bits
 
+    @property
+    def quant_types(self) -> tuple[str, ...]:
+        """All values of quant_type with these weights; what quantisers write comes first."""
+        return (str(self.qmoe_attributes["quant_type"]), *self.other_quant_types)
+
     def groups(self, k: int, block_size: int) -> int:
         """How many blocks cover k codes; one for block_size 0 (per channel)."""
         return -(-k // block_size) if block_size else 1
+
+    def scale_shape(self, n: int, k: int, block_size: int) -> tuple[int, ...] | None:
+        """Shape of the scales of one matrix [n, k]; None if it has a global scale only."""
+        if self.square_blocks:
+            return (-(-n // block_size), -(-k // block_size)) if block_size else None
+        return (n, self.groups(k, block_size)) if block_size else (n,)
+
+    def has_global_scale(self, block_size: int) -> bool:
+        """Whether there is a factor for each expert."""
+        return self.scale_type != "float" or (self.square_blocks and not block_size)
 
     def pack(self, codes: Array) -> Array:
         """Packs codes [..., K] along the last axis, lowest bits first."""
@@ -166,7 +132,7 @@ class Format:
     def quantize(
         self,
         weights: Array,
-        block_size: int,
+        block_size: int | None = None,
         *,
         symmetric: bool = True,
         signed_scales: bool = True,
@@ -174,33 +140,42 @@ class Format:
     ) -> Quantized:
         """Quantises by round-to-nearest.
 
-        All arithmetic is float32, divisions included; ties go to the even code.
+        All arithmetic is float32, divisions included; ties go to the even code. NaN codes and
+        negative zeros are never chosen. Scales of type e8m0 are the smallest that no weight of the
+        block exceeds by more than half a step, their global scale is 1; scales of type e4m3 are the
+        block's largest magnitude over the largest code, rounded, the global scale such that the
+        expert's largest is 448.
 
         Args:
             weights: [..., N, K], any float type.
-            block_size: Codes along K that share a scale; 0 for one scale a row. A partial last
-                block is fine.
+            block_size: Codes along K that share a scale; 0 for one scale a row (or an expert, of
+                formats with square blocks). A partial last block is fine. None for the only one
+                that the format has.
             symmetric: Without zero points. Otherwise each block's range, widened to hold 0, is
                 spread over all codes.
-            signed_scales: Of a symmetric format: let the element of the largest magnitude take the
-                lowest code, by a negative scale if it is positive, as onnxruntime's
-                quantize_matmul_4bits does. Otherwise scales are positive and the lowest integer
-                code stays unused.
-            scale_dtype: Type of the scales. Codes are chosen for the scales as rounded to it.
+            signed_scales: Of a symmetric format with float scales: let the element of the largest
+                magnitude take the lowest code, by a negative scale if it is positive, as
+                onnxruntime's quantize_matmul_4bits does. Otherwise scales are positive and the
+                lowest integer code stays unused.
+            scale_dtype: Type of float scales. Codes are chosen for the scales as rounded to it.
 
         Returns:
-            The packed codes, scales and zero points.
+            The packed codes, scales, zero points and global scale.
         """
         weights = np.asarray(weights)
         if weights.ndim < 2 or weights.shape[-1] == 0:
             raise ValueError(f"weights must be [..., N, K] with K > 0, given {list(weights.shape)}")
         if not symmetric and not self.zero_points:
             raise ValueError(f"{self.name} has no zero points; quantise it with symmetric=True")
-        *lead, n, k = weights.shape
-        groups = self.groups(k, block_size)
-        rows = np.ascontiguousarray(weights, dtype=np.float32).reshape(-1, k)
-        if not np.isfinite(rows).all():
+        block_size = self._check_block_size(block_size)
+        values = np.ascontiguousarray(weights, dtype=np.float32)
+        if not np.isfinite(values).all():
             raise ValueError("weights must be finite, given some NaN or infinity")
+        if self.scale_type != "float" or self.square_blocks:
+            return self._quantize_by_magnitude(values, block_size, np.dtype(scale_dtype))
+        *lead, n, k = values.shape
+        groups = self.groups(k, block_size)
+        rows = values.reshape(-1, k)
 
         compiled = native()
         if (
@@ -228,36 +203,55 @@ class Format:
     def dequantize(
         self,
         codes: Array,
-        scales: Array,
+        scales: Array | None,
         zero_points: Array | None = None,
         *,
         k: int,
         block_size: int,
+        global_scale: Array | None = None,
     ) -> Array:
         """Decodes packed weights exactly.
 
         Args:
-            codes: uint8 [..., N, ceil(k * bits / 8)] or longer.
-            scales: [..., N, G], or [..., N] when block_size is 0.
+            codes: uint8 (or float8_e4m3fn) [..., N, ceil(k * bits / 8)] or longer.
+            scales: [..., N, G], or [..., N] when block_size is 0; [..., ceil(N / block_size), G]
+                for square blocks; None for 1. uint8 is e8m0 where the format has such scales.
             zero_points: None, or one value a block already unpacked, shaped like `scales`, any
                 numeric type.
             k: Codes in a row.
             block_size: Codes that share a scale; 0 = per channel.
+            global_scale: None, or [...], a factor on all weights of a matrix.
 
         Returns:
             float64 [..., N, k].
         """
-        weights = self.values[unpack(codes, self.bits, k)]
+        weights = self.values[unpack(codes.view(np.uint8), self.bits, k)]
         if zero_points is None:
             weights -= self.default_zero_point
         else:
             weights -= self._per_code(zero_points, k, block_size)
-        weights *= self._per_code(scales, k, block_size)
+        if scales is not None:
+            per_block = small_floats.decode_scales(scales, self.scale_type)
+            if self.square_blocks and block_size:
+                per_block = np.repeat(per_block, block_size, axis=-2)[..., : weights.shape[-2], :]
+            weights *= self._per_code(per_block, k, block_size)
+        if global_scale is not None:
+            weights *= np.asarray(global_scale).astype(np.float64)[..., None, None]
         return weights
 
     def unpack_zero_points(self, zero_points: Array, scales_shape: tuple[int, ...]) -> Array:
         """One code a block, in the shape of the scales: [..., N, G], per channel [..., N]."""
         return unpack(zero_points, self.bits, scales_shape[-1]).reshape(scales_shape)
+
+    def _check_block_size(self, block_size: int | None) -> int:
+        if block_size is None and self.only_block_size is None:
+            raise ValueError(f"{self.name} has blocks of any size; say which (0 = one scale a row)")
+        if block_size is None:
+            return self.only_block_size or 0
+        if block_size < 0 or self.only_block_size not in (None, block_size):
+            allowed = self.only_block_size or "0 or positive"
+            raise ValueError(f"block_size of {self.name} is {block_size}; it must be {allowed}")
+        return block_size
 
     def _per_code(self, per_block: Array, k: int, block_size: int) -> Array:
         """Spreads one value a block, [..., N, G] or [..., N], over its codes: [..., N, k]."""
@@ -265,6 +259,38 @@ class Format:
         if not block_size:
             return np.repeat(per_block[..., None], k, axis=-1)
         return np.repeat(per_block, block_size, axis=-1)[..., :k]
+
+    def _quantize_by_magnitude(
+        self, weights: Array, block_size: int, scale_dtype: np.dtype[Any]
+    ) -> Quantized:
+        """The quantised float32 weights, of a format whose scales follow the largest magnitudes."""
+        *lead, n, k = weights.shape
+        top = np.float32(np.nanmax(self.values))
+        largest = np.abs(weights).max(axis=(-2, -1))  # of each expert, [...]
+        global_scale = np.ones(tuple(lead), dtype=np.float32)
+        if self.square_blocks and not block_size:
+            global_scale = np.where(largest > 0, largest / top, np.float32(1))
+            per_code = np.broadcast_to(global_scale[..., None, None], weights.shape)
+            codes = pack(self._nearest(weights, per_code), self.bits)
+            return Quantized(codes, None, None, global_scale)
+
+        height = block_size if self.square_blocks else 1
+        magnitude = _largest_of_blocks(np.abs(weights), height, block_size)
+        if self.scale_type == "float8e8m0":
+            steps = np.sort(self.values)
+            scales = small_floats.e8m0_covering(magnitude, 1.5 * steps[-1] - 0.5 * steps[-2])
+        elif self.scale_type == "float8e4m3fn":
+            spread = np.float32(small_floats.E4M3_MAX) * top
+            global_scale = np.where(largest > 0, largest / spread, np.float32(1))
+            scales = small_floats.round_to_e4m3(magnitude / top / global_scale[..., None, None])
+        else:
+            scales = (magnitude / top).astype(scale_dtype)
+        decoded = small_floats.decode_scales(scales, self.scale_type).astype(np.float32)
+        per_code = decoded * global_scale[..., None, None]
+        per_code = np.repeat(np.repeat(per_code, height, axis=-2), block_size, axis=-1)
+        codes = pack(self._nearest(weights, per_code[..., :n, :k]), self.bits)
+        has_global = self.has_global_scale(block_size)
+        return Quantized(codes, scales, None, global_scale if has_global else None)
 
     def _choose_scales(
         self,
@@ -281,7 +307,7 @@ class Format:
         padded[:, :k] = rows  # the padding never wins: every range below holds 0
         blocks = padded.reshape(rows.shape[0], groups, -1)
         lowest, highest = blocks.min(axis=-1), blocks.max(axis=-1)
-        centered = self.values - self.default_zero_point
+        centered = self.values[np.isfinite(self.values)] - self.default_zero_point
         default_zero = np.full(lowest.shape, int(self.default_zero_point), dtype=np.uint8)
         if symmetric:
             magnitude = np.maximum(-lowest, highest)
@@ -307,9 +333,13 @@ class Format:
         repeats = block_size or k
         scale = np.repeat(scales, repeats, axis=-1)[:, :k]
         zero = np.repeat(zeros, repeats, axis=-1)[:, :k].astype(np.float32)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            wanted = np.where(scale != 0, rows / scale, np.float32(0))
-        return self._encode(wanted + zero if self._is_integer() else wanted)
+        return self._nearest(rows, scale, zero if self._is_integer() else None)
+
+    def _nearest(self, weights: Array, scales: Array, zeros: Array | None = None) -> Array:
+        """The code nearest to each weight, all three of one shape; that of 0 where the scale is."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            wanted = np.where(scales != 0, weights / scales, np.float32(0))
+        return self._encode(wanted if zeros is None else wanted + zeros)
 
     def _is_integer(self) -> bool:
         """Whether codes decode to themselves, so that a zero point is a code too."""
@@ -319,12 +349,22 @@ class Format:
         """The code whose value is nearest to each wanted one; of two equally near, the even."""
         if self._is_integer():
             return np.clip(np.rint(wanted), 0, (1 << self.bits) - 1).astype(np.uint8)
-        order = np.argsort(self.values, kind="stable")
-        ordered = self.values[order]
+        ordered, order = np.unique(self.values, return_index=True)  # equal values: the first code
+        ordered = ordered[np.isfinite(ordered)]
         right = np.clip(np.searchsorted(ordered, wanted), 1, len(ordered) - 1)
         below, above = wanted - ordered[right - 1], ordered[right] - wanted
         take_right = (above < below) | ((above == below) & (order[right] % 2 == 0))
         return order[np.where(take_right, right, right - 1)].astype(np.uint8)
+
+
+def _largest_of_blocks(magnitudes: Array, height: int, width: int) -> Array:
+    """The largest of each block of a matrix [..., N, K], partial ones too: [..., N / h, K / w]."""
+    *lead, n, k = magnitudes.shape
+    rows, columns = -(-n // height), -(-k // width)
+    padded = np.zeros((*lead, rows * height, columns * width), dtype=magnitudes.dtype)
+    padded[..., :n, :k] = magnitudes
+    blocks: Array = padded.reshape(*lead, rows, height, columns, width).max(axis=(-3, -1))
+    return blocks
 
 
 def _rounded(values: Array, dtype: npt.DTypeLike) -> Array:

@@ -26,10 +26,12 @@ class Description:
     Attributes:
         gemms: Its matrix products, for one token.
         decided: Attributes whose value was found out from the shapes, and should be written down.
+        warning: Something decided by custom rather than by what the node says; "" for nothing.
     """
 
     gemms: tuple[Problem, ...]
-    decided: Mapping[str, int] = field(default_factory=dict)
+    decided: Mapping[str, int | str] = field(default_factory=dict)
+    warning: str = ""
 
     def problems(self, target: Target, tokens: int) -> tuple[Problem, ...]:
         """The matrix products of a run with this many tokens on a device."""

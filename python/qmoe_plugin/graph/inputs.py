@@ -64,6 +64,11 @@ def given(node: ir.Node, index: int) -> bool:
     return index < len(node.inputs) and node.inputs[index] is not None
 
 
+def has(node: ir.Node, name: str) -> bool:
+    """Whether the node has an attribute of this name."""
+    return name in node.attributes
+
+
 def _constant_tensor(node: ir.Node, value: ir.Value, what: str) -> ir.TensorProtocol:
     if value.graph is not node.graph and runtime_minor() < _OUTER_CONSTANTS_SINCE:
         raise UnsupportedError(

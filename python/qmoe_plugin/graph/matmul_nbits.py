@@ -17,7 +17,9 @@ from qmoe_plugin.graph.inputs import (
     known_attributes,
     required,
 )
-from qmoe_plugin.graph.projections import check_block_size, check_zero_points, find_format
+from qmoe_plugin.graph.layouts import NAMES, refuse_layout
+from qmoe_plugin.graph.projections import check_zero_points
+from qmoe_plugin.graph.scales import check_block_size, find_format
 from qmoe_plugin.kernels import Problem
 
 STOCK_ATTRIBUTES = ("K", "N", "accuracy_level", "bits", "block_size", "weight_prepacked")
@@ -31,17 +33,12 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
         UnsupportedError: If our op cannot run it.
     """
     known_attributes(node, STOCK_ATTRIBUTES)
-    order = integer(node, "weight_prepacked", 0)
-    if order != 0:
-        raise UnsupportedError(
-            f"weight_prepacked={order} says that B is prepacked for stock CUDA kernels; export it "
-            "without matmulnbits_weights_prepacked"
-        )
     n, k, block_size = (integer(node, name, 0) for name in ("N", "K", "block_size"))
     if n < 1 or k < 1:
         raise UnsupportedError(f"N is {n} and K is {k}; both must be given and positive")
     check_block_size(block_size)
     fmt = find_format("int", integer(node, "bits", 4))
+    _check_layout(integer(node, "weight_prepacked", 0), n, k, fmt.bits, block_size)
     groups = fmt.groups(k, block_size)
     codes, scales = required(node, 1, "B"), _by_row(required(node, 2, "scales"), n)
     zero_points, bias = constant(node, 3, "zero_points"), constant(node, 5, "bias")
@@ -75,6 +72,22 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
         accuracy_level=accuracy_level(node),
     )
     return Description((gemm,))
+
+
+_LAYOUTS = ("raw", "fpa_intb", "fpa_intb90")  # by weight_prepacked
+
+
+def _check_layout(prepacked: int, n: int, k: int, bits: int, block_size: int) -> None:
+    if prepacked not in (0, 1, 2):
+        raise UnsupportedError(f"weight_prepacked is {prepacked}; allowed are 0, 1 and 2")
+    layout = _LAYOUTS[prepacked]
+    refusal = refuse_layout(layout, n, k, bits)
+    if prepacked and k % block_size:
+        refusal = f"it has no partial blocks, and K is {k} and block_size {block_size}"
+    if refusal:
+        raise UnsupportedError(
+            f"weight_prepacked is {prepacked}, but B cannot be {NAMES[layout]}: {refusal}"
+        )
 
 
 def _by_row(tensor: Constant, n: int) -> Constant:

@@ -1,4 +1,4 @@
-"""Checks of one quantised matrix per expert, and of the order of its bytes."""
+"""Checks of one quantised matrix per expert."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import onnx_ir as ir
 from qmoe_plugin import formats
 from qmoe_plugin.graph.describe import UnsupportedError
 from qmoe_plugin.graph.inputs import FLOATS, Constant, constant, required
+from qmoe_plugin.graph.scales import ScalePlan, check_scales
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A projection of a QMoE node: types and shapes only.
+class Tensors:
+    """The tensors of a projection of a QMoE node: types and shapes only.
 
     Attributes:
         name: "fc1", "fc2" or "fc3".
         format: Weight format.
-        codes: [E, N, K * bits / 8] as the schema has them, [E, K, N * bits / 8] if prepacked.
-        scales: [E, N] or [E, N, G].
+        codes: [E, N, K * bits / 8], or [E, K, N * bits / 8] in other layouts than raw.
+        scales: As quant_type has them; None if there is a factor an expert only.
         zero_points: Optional.
         bias: Optional, [E, N].
     """
@@ -30,38 +31,36 @@ class Projection:
     name: str
     format: formats.Format
     codes: Constant
-    scales: Constant
+    scales: Constant | None
     zero_points: Constant | None
     bias: Constant | None
 
-    @property
-    def experts(self) -> int:
-        """E."""
-        return self.scales.shape[0]
 
-    @property
-    def n(self) -> int:
-        """Output features. The scales know them whatever the order of the weights' bytes."""
-        return self.scales.shape[1]
+@dataclass(frozen=True)
+class Projection:
+    """The tensors of a projection, taken for a matrix [n, k] for each of the experts."""
 
-    def raw_shape(self, k: int) -> Shape:
-        """Shape of the weights in the order of the schema."""
-        return (self.experts, self.n, packed_size(k, self.format))
+    tensors: Tensors
+    experts: int
+    n: int
+    k: int
 
-    def prepacked_shape(self, k: int) -> Shape:
-        """Shape of the weights in the order that stock CUDA kernels read."""
-        return (self.experts, k, packed_size(self.n, self.format))
-
-    def check(self, k: int, block_size: int) -> None:
-        """Refuses tensors that do not fit together; `k` is what the other projections imply."""
-        shape = (self.experts, self.n, self.format.groups(k, block_size))
-        _require_shape(self.scales, float_shapes(shape), "[experts, rows, blocks]")
-        if self.codes.dtype is not ir.DataType.UINT8:
-            raise UnsupportedError(f"{self.codes} must be uint8 for format {self.format.name}")
-        if self.bias is not None:
-            _require_shape(self.bias, {shape[:2]}, "[experts, rows]")
-        if self.zero_points is not None:
-            check_zero_points(self.zero_points, self.format, shape, block_size)
+    def check(self, plan: ScalePlan) -> None:
+        """Refuses tensors that do not fit together."""
+        t = self.tensors
+        if t.scales is not None:
+            shape = plan.shape(self.experts, self.n, self.k)
+            _require_shape(t.scales, float_shapes(shape), "[experts, rows, blocks]")
+        is_float8 = plan.format.square_blocks and t.codes.dtype is ir.DataType.FLOAT8E4M3FN
+        if t.codes.dtype is not ir.DataType.UINT8 and not is_float8:
+            raise UnsupportedError(f"{t.codes} must be uint8 for format {t.format.name}")
+        if t.bias is not None:
+            _require_shape(t.bias, {(self.experts, self.n)}, "[experts, rows]")
+        if t.zero_points is not None:
+            groups = t.format.groups(self.k, plan.block_size)
+            check_zero_points(
+                t.zero_points, t.format, (self.experts, self.n, groups), plan.block_size
+            )
 
 
 def packed_size(codes: int, fmt: formats.Format) -> int:
@@ -104,44 +103,25 @@ def _require_shape(tensor: Constant, allowed: set[Shape], meaning: str) -> None:
         raise UnsupportedError(f"{tensor} must have shape {shapes} ({meaning})")
 
 
-def read_projection(
-    node: ir.Node, name: str, fmt: formats.Format, indices: Sequence[int]
-) -> Projection:
-    """Reads a projection.
+def read_tensors(
+    node: ir.Node, name: str, fmt: formats.Format, plan: ScalePlan, indices: Sequence[int]
+) -> Tensors:
+    """Reads the tensors of a projection.
 
     Args:
         node: The QMoE node.
         name: "fc1", "fc2" or "fc3".
         fmt: Weight format.
+        plan: What scales there must be.
         indices: Input numbers of weights, scales, bias and zero points.
     """
     codes = required(node, indices[0], f"{name} weights")
-    scales = required(node, indices[1], f"{name} scales")
+    scales = constant(node, indices[1], f"{name} scales")
+    check_scales(plan, scales, name)
     bias = constant(node, indices[2], f"{name} bias")
+    if bias is not None and bias.dtype not in FLOATS:
+        raise UnsupportedError(f"{bias} must be float32, float16 or bfloat16")
     zero_points = constant(node, indices[3], f"{name} zero points")
-    for tensor in (scales, bias):
-        if tensor is not None and tensor.dtype not in FLOATS:
-            raise UnsupportedError(
-                f"{tensor} must be float32, float16 or bfloat16 for format {fmt.name}"
-            )
-    if len(scales.shape) not in (2, 3) or 0 in scales.shape:
-        raise UnsupportedError(
-            f"{scales} must have shape [experts, rows] or [experts, rows, blocks]"
-        )
-    return Projection(name, fmt, codes, scales, zero_points, bias)
-
-
-def find_format(quant_type: str, bits: int) -> formats.Format:
-    """The format of a projection with these attributes."""
-    try:
-        return formats.for_attributes(quant_type, bits)
-    except ValueError as error:
-        raise UnsupportedError(str(error)) from None
-
-
-def check_block_size(block_size: int) -> None:
-    """Refuses a block size that no kernel takes."""
-    if not 16 <= block_size <= 65536 or block_size & (block_size - 1):
-        raise UnsupportedError(
-            f"block_size is {block_size}; it must be a power of two from 16 to 65536"
-        )
+    if len(codes.shape) != 3 or 0 in codes.shape:
+        raise UnsupportedError(f"{codes} must have three dimensions, none of them 0")
+    return Tensors(name, fmt, codes, scales, zero_points, bias)

@@ -9,22 +9,17 @@ import onnx_ir as ir
 
 from qmoe_plugin.graph.describe import Description, UnsupportedError
 from qmoe_plugin.graph.inputs import (
-    FLOATS,
     accuracy_level,
     activation_dtype,
-    constant,
     given,
     integer,
     known_attributes,
     real,
     string,
 )
-from qmoe_plugin.graph.projections import (
-    Projection,
-    check_block_size,
-    find_format,
-    read_projection,
-)
+from qmoe_plugin.graph.layouts import LAYOUT_ATTRIBUTE, decide_layout
+from qmoe_plugin.graph.projections import Projection, Tensors, read_tensors
+from qmoe_plugin.graph.scales import ScalePlan, check_per_expert, plan_scales, weight_format
 from qmoe_plugin.kernels import Problem
 
 STOCK_ATTRIBUTES = (
@@ -52,7 +47,7 @@ _GATED = ("swiglu", "geglu")
 
 # Input numbers of weights, scales, bias and zero points.
 _INPUTS = {"fc1": (2, 3, 4, 11), "fc2": (5, 6, 7, 12), "fc3": (8, 9, 10, 13)}
-_FIRST_OTHER_SCALE = 15  # 15 to 20 are global and activation scales
+_INPUT_COUNT = 21
 _MAX_EXPERTS = 1024
 
 
@@ -62,87 +57,107 @@ def describe_qmoe(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our op cannot run it.
     """
-    known_attributes(node, STOCK_ATTRIBUTES)
-    for index in range(_FIRST_OTHER_SCALE, len(node.inputs)):
+    known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE))
+    for index in range(_INPUT_COUNT, len(node.inputs)):
         if given(node, index):
-            raise UnsupportedError(f"input {index}, a global or activation scale, is not supported")
-    fc1, fc2, fc3 = _projections(node)
-    activation = _activation(node, fc3 is not None)
-    block_size = integer(node, "block_size", 0)
-    if block_size:
-        check_block_size(block_size)
-
-    fused = activation in _GATED and fc3 is None
-    if fused and fc1.n % 2:
-        raise UnsupportedError(f"fc1 has {fc1.n} rows; gates and ups must be even in number")
-    hidden_size, inter_size = fc2.n, fc1.n // (2 if fused else 1)
-    unit = block_size or 8
-    if hidden_size % unit or inter_size % unit:
-        raise UnsupportedError(
-            f"hidden_size {hidden_size} and inter_size {inter_size} must be multiples of {unit}"
-            + (", the block size" if block_size else "")
-        )
-    columns = {"fc1": hidden_size, "fc2": inter_size, "fc3": hidden_size}
-    projections = [p for p in (fc1, fc2, fc3) if p is not None]
-    _check_order(node, projections, columns)
-    _check_projections(projections, columns, block_size)
+            raise UnsupportedError(f"input {index} is given, but the op has {_INPUT_COUNT}")
+    has_fc3 = _has_fc3(node)
+    activation = _activation(node, has_fc3)
+    plan = plan_scales(node, has_fc3=has_fc3)
+    projections = _projections(node, plan, fused=activation in _GATED and not has_fc3)
+    fc1, fc2 = projections[:2]
+    layout = decide_layout(node, plan, projections)
+    _check_sizes(fc1.k, fc2.k, plan)
+    for p in projections:
+        p.check(plan)
+    check_per_expert(node, fc1.experts)
 
     topk = _topk(node, fc1.experts)
-    dtype = activation_dtype(node, fc1.bias, fc2.bias, fc1.scales)
+    dtype = activation_dtype(node, fc1.tensors.bias, fc2.tensors.bias, fc1.tensors.scales)
     accuracy = accuracy_level(node)
 
     def problem(p: Projection, stage: Literal["fc1", "fc2"], n: int, epilogue: str) -> Problem:
         return Problem(
             stage=stage,
-            format=p.format.name,
+            format=p.tensors.format.name,
             n=n,
-            k=columns[stage],
+            k=p.k,
             rows=topk,
             dtype=dtype,
             activation=epilogue,
             experts=p.experts,
-            block_size=block_size,
-            zero_points=p.zero_points is not None,
+            block_size=plan.block_size,
+            zero_points=p.tensors.zero_points is not None,
             accuracy_level=accuracy,
         )
 
-    fc1_rows = fc1.n if fc3 is None else 2 * fc1.n
+    fc1_rows = 2 * fc1.n if has_fc3 else fc1.n
     gemms = (problem(fc1, "fc1", fc1_rows, activation), problem(fc2, "fc2", fc2.n, "identity"))
-    return Description(gemms, {"weights_prepacked": 0})
+    return Description(gemms, layout.attributes, layout.warning)
 
 
-def _projections(node: ir.Node) -> tuple[Projection, Projection, Projection | None]:
-    quant_type = string(node, "quant_type", "int")
-    _refuse_mislabelled(node, quant_type)
-    bits = integer(node, "expert_weight_bits", 4)
-    fc1_bits = integer(node, "fc1_expert_weight_bits", bits)
-    bits_of = {
-        "fc1": fc1_bits,
-        "fc2": integer(node, "fc2_expert_weight_bits", bits),
-        "fc3": integer(node, "fc3_expert_weight_bits", fc1_bits),
-    }
-
-    def read(name: str) -> Projection:
-        return read_projection(node, name, find_format(quant_type, bits_of[name]), _INPUTS[name])
-
-    if bits_of["fc3"] != fc1_bits:
-        raise UnsupportedError(
-            f"fc3 has {bits_of['fc3']} bits and fc1 {fc1_bits}; gates and ups must have the same"
-        )
+def _has_fc3(node: ir.Node) -> bool:
     has_fc3 = given(node, _INPUTS["fc3"][0])
     if not has_fc3 and any(given(node, index) for index in _INPUTS["fc3"]):
         raise UnsupportedError("fc3 has scales, a bias or zero points, but no weights")
-    return read("fc1"), read("fc2"), read("fc3") if has_fc3 else None
+    return has_fc3
 
 
-def _refuse_mislabelled(node: ir.Node, quant_type: str) -> None:
-    """Names a fault of an exporter, rather than the format that it claims to have written."""
-    scales = constant(node, _INPUTS["fc1"][1], "fc1 scales")
-    if quant_type == "fp4" and scales is not None and scales.dtype in FLOATS:
+def _projections(node: ir.Node, plan: ScalePlan, *, fused: bool) -> list[Projection]:
+    """fc1, fc2 and perhaps fc3, with the sizes that fc1 and fc2 imply.
+
+    Args:
+        node: The node.
+        plan: Its scales.
+        fused: Whether fc1 holds gates and ups.
+    """
+    tensors = _tensors(node, plan)
+    # Scales of rows say E and N whatever the layout of the weights; without them weights are raw.
+    leading = {
+        name: t.codes if plan.format.square_blocks or t.scales is None else t.scales
+        for name, t in tensors.items()
+    }
+    experts, fc1_rows = leading["fc1"].shape[:2]
+    hidden_size = leading["fc2"].shape[1]
+    if fused and fc1_rows % 2:
+        raise UnsupportedError(f"fc1 has {fc1_rows} rows; gates and ups must be even in number")
+    inter_size = fc1_rows // 2 if fused else fc1_rows
+    sizes = {
+        "fc1": (fc1_rows, hidden_size),
+        "fc2": (hidden_size, inter_size),
+        "fc3": (inter_size, hidden_size),
+    }
+    return [Projection(t, experts, *sizes[name]) for name, t in tensors.items()]
+
+
+def _tensors(node: ir.Node, plan: ScalePlan) -> dict[str, Tensors]:
+    bits = weight_format(plan, node, "expert_weight_bits").bits
+    fc1 = weight_format(plan, node, "fc1_expert_weight_bits", bits)
+    formats = {
+        "fc1": fc1,
+        "fc2": weight_format(plan, node, "fc2_expert_weight_bits", bits),
+        "fc3": weight_format(plan, node, "fc3_expert_weight_bits", fc1.bits),
+    }
+    if formats["fc3"] is not fc1:
         raise UnsupportedError(
-            f"quant_type is 'fp4', but {scales} is not float8e8m0. The model builder of "
-            "onnxruntime-genai 0.18 writes such nodes for Qwen3.5-MoE with moe_quant_type=mxfp4: "
-            "they hold prepacked int4 weights. Export the model again with moe_quant_type=int4"
+            f"fc3 has {formats['fc3'].bits} bits and fc1 {fc1.bits}; gates and ups must have the "
+            "same"
+        )
+    names = [name for name, indices in _INPUTS.items() if name != "fc3" or given(node, indices[0])]
+    tensors = {name: read_tensors(node, name, formats[name], plan, _INPUTS[name]) for name in names}
+    scales = [t.scales for t in tensors.values() if t.scales is not None]
+    for other in scales[1:]:
+        if other.dtype is not scales[0].dtype:
+            raise UnsupportedError(f"{scales[0]} and {other} must have the same type")
+    return tensors
+
+
+def _check_sizes(hidden_size: int, inter_size: int, plan: ScalePlan) -> None:
+    unit = 8 if plan.partial_blocks else plan.block_size
+    if hidden_size % unit or inter_size % unit:
+        raise UnsupportedError(
+            f"hidden_size {hidden_size} and inter_size {inter_size} must be multiples of {unit}"
+            + ("" if plan.partial_blocks else ", the block size")
         )
 
 
@@ -194,52 +209,3 @@ def _topk(node: ir.Node, experts: int) -> int:
     if integer(node, "use_sparse_mixer", 0) and topk != 2:
         raise UnsupportedError(f"use_sparse_mixer=1 needs k=2, not k={topk}")
     return topk
-
-
-def _check_projections(
-    projections: list[Projection], columns: dict[str, int], block_size: int
-) -> None:
-    for p in projections:
-        p.check(columns[p.name], block_size)
-        if p.experts != projections[0].experts:
-            raise UnsupportedError(
-                f"{p.scales} and {projections[0].scales} differ in the number of experts"
-            )
-    fc1, fc3 = projections[0], projections[-1]
-    if fc3.name == "fc3" and fc3.n != fc1.n:
-        raise UnsupportedError(
-            f"fc1 has {fc1.n} rows (gates) and fc3 {fc3.n} (ups); they must have the same"
-        )
-
-
-def _check_order(node: ir.Node, projections: list[Projection], columns: dict[str, int]) -> None:
-    """Refuses weights in the order that stock CUDA kernels read.
-
-    Without the attribute, CUDA exports mean prepacked and all others mean raw, so the shapes
-    decide: of a projection with N != K only one order fits. If each projection fits both, the
-    attribute counts, and its default says prepacked.
-    """
-    stated = integer(node, "weights_prepacked", -1)
-    if stated not in (-1, 0, 1):
-        raise UnsupportedError(f"weights_prepacked is {stated}; allowed are -1, 0 and 1")
-    raw = all(p.codes.shape == p.raw_shape(columns[p.name]) for p in projections)
-    prepacked = all(p.codes.shape == p.prepacked_shape(columns[p.name]) for p in projections)
-    shapes = ", ".join(str(p.codes) for p in projections)
-    if not raw and not prepacked:
-        expected = ", ".join(f"{p.name} {list(p.raw_shape(columns[p.name]))}" for p in projections)
-        raise UnsupportedError(
-            f"the weights ({shapes}) are neither raw nor prepacked: as the scales have it, raw "
-            f"ones must be {expected}"
-        )
-    if not raw:
-        raise UnsupportedError(
-            f"the weights ({shapes}) are prepacked for stock CUDA kernels, as their shapes show"
-            + (", although weights_prepacked=0 says raw" if stated == 0 else "")
-            + "; export them with qmoe_weights_prepacked=0"
-        )
-    if stated == 1 or (stated == -1 and prepacked):
-        why = "weights_prepacked=1" if stated == 1 else "the default of weights_prepacked, -1"
-        raise UnsupportedError(
-            f"{why} says that the weights ({shapes}) are prepacked for stock CUDA kernels; set "
-            "weights_prepacked=0 if they are raw, or export them with qmoe_weights_prepacked=0"
-        )

@@ -103,8 +103,8 @@ class ChangeDomain(ir.passes.InPlacePass):
         """Why a node stays where it is; "" if it can be moved."""
         raise NotImplementedError
 
-    def move(self, node: ir.Node) -> tuple[KernelChoice, ...]:
-        """Changes a node that passed `check`; returns what will run it."""
+    def move(self, node: ir.Node) -> tuple[tuple[KernelChoice, ...], str]:
+        """Changes a node that passed `check`; returns what will run it, and a warning."""
         raise NotImplementedError
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -121,8 +121,10 @@ class ChangeDomain(ir.passes.InPlacePass):
                 if node.domain != self.source:
                     continue
                 reason = self.check(node)
-                kernels = () if reason else self.move(node)
-                entry = NodeReport(label(node), node.op_type, body.function, reason, kernels)
+                kernels, warning = ((), "") if reason else self.move(node)
+                entry = NodeReport(
+                    label(node), node.op_type, body.function, reason, kernels, warning
+                )
                 (kept if reason else moved).append(entry)
             if len(moved) > before:
                 body.opset_imports.setdefault(self.destination, self.version)
@@ -148,15 +150,15 @@ class Retarget(ChangeDomain):
     1. we know all its attributes, and their values are allowed;
     2. its weights, scales, zero points and biases are constant: initializers, or Constant nodes;
     3. their types and shapes fit together;
-    4. its weights are raw, that is, not in the order that stock CUDA kernels read. For QMoE this is
-       found out from the shapes of all its projections, see `qmoe_plugin.graph.qmoe`;
+    4. its weights have a layout that we read: raw, or as stock CUDA kernels want them. For QMoE it
+       is found out from the shapes of all projections, see `qmoe_plugin.graph.layouts`;
     5. there are kernels on the target that run it, for few tokens and for many.
 
-    What was decided in 4 is written to the moved node (weights_prepacked=0), and the former value
-    to its metadata. Nothing else of the node changes but its domain. Nodes in subgraphs and in the
-    model's functions are treated alike; each body gets the opset import it needs. A function of the
-    model that is called like one of the ops (Mobius writes such) is a fallback for other runtimes:
-    ONNX Runtime prefers its own op, and so do we.
+    What was decided in 4 is written to the moved node (weights_prepacked, or weights_layout for
+    4-bit floats), and the former value to its metadata. Nothing else of the node changes but its
+    domain. Nodes in subgraphs and in the model's functions are treated alike; each body gets the
+    opset import it needs. A function of the model that is called like one of the ops (Mobius writes
+    such) is a fallback for other runtimes: ONNX Runtime prefers its own op, and so do we.
     """
 
     source = STOCK_DOMAIN
@@ -176,19 +178,20 @@ class Retarget(ChangeDomain):
             return str(error)
         return ""
 
-    def move(self, node: ir.Node) -> tuple[KernelChoice, ...]:
+    def move(self, node: ir.Node) -> tuple[tuple[KernelChoice, ...], str]:
         """Moves a node that passed `check`."""
         description = describe(node)
-        former: dict[str, int | None] = {}
+        former: dict[str, int | str | None] = {}
         for name, value in description.decided.items():
             attribute = node.attributes.get(name)
-            former[name] = None if attribute is None else attribute.as_int()
-            node.attributes[name] = ir.AttrInt64(name, value)
-        changed = {name: old for name, old in former.items() if old != description.decided[name]}
-        if changed:
-            node.metadata_props[RESTORE_KEY] = json.dumps(changed)
+            old = None if attribute is None else attribute.value
+            if old != value:
+                former[name] = old
+                _write(node, name, value)
+        if former:
+            node.metadata_props[RESTORE_KEY] = json.dumps(former)
         node.domain = DOMAIN
-        return self._choose(description)
+        return self._choose(description), description.warning
 
     def target_text(self) -> str:
         """What kernels are chosen for."""
@@ -218,23 +221,35 @@ class Unretarget(ChangeDomain):
 
     def check(self, node: ir.Node) -> str:
         """Why a node stays in our domain; "" if it can be moved."""
-        unknown = sorted(set(node.attributes) - STOCK_ATTRIBUTES[node.op_type])
+        written = {name for name, value in _former(node).items() if value is None}
+        unknown = sorted(set(node.attributes) - STOCK_ATTRIBUTES[node.op_type] - written)
         if unknown:
             return f"com.microsoft has no attribute {', '.join(unknown)} for {node.op_type}"
         return ""
 
-    def move(self, node: ir.Node) -> tuple[KernelChoice, ...]:
+    def move(self, node: ir.Node) -> tuple[tuple[KernelChoice, ...], str]:
         """Moves a node that passed `check`."""
-        former: dict[str, int | None] = json.loads(node.metadata_props.pop(RESTORE_KEY, "{}"))
-        for name, value in former.items():
+        for name, value in _former(node).items():
             if value is None:
                 node.attributes.pop(name, None)
             else:
-                node.attributes[name] = ir.AttrInt64(name, value)
+                _write(node, name, value)
+        node.metadata_props.pop(RESTORE_KEY, None)
         node.domain = STOCK_DOMAIN
-        return ()
+        return (), ""
 
     def drop_import(self, opset_imports: dict[str, int], ours_left: bool) -> None:
         """Our domain is no longer imported where no node of it is left."""
         if not ours_left:
             opset_imports.pop(DOMAIN, None)
+
+
+def _write(node: ir.Node, name: str, value: int | str) -> None:
+    made = ir.AttrInt64(name, value) if isinstance(value, int) else ir.AttrString(name, value)
+    node.attributes[name] = made
+
+
+def _former(node: ir.Node) -> dict[str, int | str | None]:
+    """What `retarget` overwrote in the node."""
+    former: dict[str, int | str | None] = json.loads(node.metadata_props.get(RESTORE_KEY, "{}"))
+    return former

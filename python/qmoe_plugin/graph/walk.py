@@ -116,6 +116,8 @@ def _copy_node(node: ir.Node, proto: onnx.NodeProto) -> None:
             proto.attribute.append(ir.to_proto(attribute))
         elif attribute.type is ir.AttributeType.INT and not attribute.is_ref():
             present[name].i = attribute.as_int()
+        elif attribute.type is ir.AttributeType.STRING and not attribute.is_ref():
+            present[name].s = attribute.as_string().encode()
     if {entry.key: entry.value for entry in proto.metadata_props} != node.metadata_props:
         del proto.metadata_props[:]
         for key, value in node.metadata_props.items():

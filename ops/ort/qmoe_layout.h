@@ -1,0 +1,44 @@
+// How the weights of a QMoE node are laid out, which its attributes say only half.
+//
+// All projections of a node share one layout, and only a projection with N != K shows by its shape which:
+//
+//   raw        [E, N, K * bits / 8]   any quant_type
+//   fpa_intb   [E, K, N * bits / 8]   "int" of 4 and 8 bits: prepacked by exporters for onnxruntime's CUDA kernels
+//   k_major    [E, K, N * bits / 8]   the 4-bit floats, as onnxruntime's CUDA kernels want them
+//
+// The first of these rules that says something counts:
+//   1. weights_layout, an attribute of ours, names one of the three;
+//   2. weights_prepacked (only "int" has it) is 0, raw, or 1, fpa_intb;
+//   3. only one of the layouts that quant_type allows fits the shapes of all projections;
+//   4. "int" is raw and a 4-bit float K-major, with a warning. (Of models without an attribute, those for the CPU and
+//      from all but one exporter are raw; models with 4-bit floats are made for CUDA only.)
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ops/ort/qmoe_node.h"
+#include "ops/ort/qmoe_scales.h"
+#include "ops/stored_layout.h"
+
+namespace qmoe_plugin::ort {
+
+/// The weights of one projection.
+struct Matrix {
+  size_t input;  // a QMoeInput
+  int64_t n, k;  // rows and columns
+  const Format* format;
+};
+
+struct LayoutDecision {
+  StoredLayout layout = StoredLayout::kRaw;
+  std::string warning;  // of rule 4; empty = nothing to say
+};
+
+/// Throws Error for attributes that contradict each other, and for weights that no layout fits.
+LayoutDecision DecideLayout(const QMoeAttributes& attributes, const QuantType& type,
+                            const std::vector<TensorView>& inputs, int64_t experts,
+                            const std::vector<Matrix>& matrices);
+
+}  // namespace qmoe_plugin::ort

@@ -1,0 +1,152 @@
+"""The weights of a projection, from the tensors of the node."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_plugin import formats
+
+Array = npt.NDArray[Any]
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The inputs of one projection of a QMoE node, as stored, in the raw layout.
+
+    Attributes:
+        codes: uint8 (or float8_e4m3fn) [E, N, K * bits / 8], packed, lowest bits first.
+        scales: [E, N, G]; per channel [E, N] or [E, N, 1]; of square blocks [E, ceil(N / b),
+            ceil(K / b)]. Of type e8m0 also as uint8. None if the global scale is all there is.
+        zero_points: None, or as `expand_zero_points` takes them.
+        bias: None or [E, N].
+        global_scale: None or [E].
+    """
+
+    codes: Array
+    scales: Array | None
+    zero_points: Array | None = None
+    bias: Array | None = None
+    global_scale: Array | None = None
+
+    def expert(self, index: int) -> Projection:
+        """The same with one expert only."""
+
+        def part(tensor: Array | None) -> Array | None:
+            return None if tensor is None else tensor[index : index + 1]
+
+        return Projection(
+            self.codes[index : index + 1],
+            part(self.scales),
+            part(self.zero_points),
+            part(self.bias),
+            part(self.global_scale),
+        )
+
+
+def expand_zero_points(
+    zero_points: Array, fmt: formats.Format, scales_shape: tuple[int, ...], block_size: int
+) -> Float64:
+    """One zero point a block, float64 [..., N, G].
+
+    Args:
+        zero_points: One of
+            uint8 [..., N, ceil(G * bits / 8)], packed along the blocks of a row;
+            uint8 [..., ceil(N * bits / 8)], packed along the rows, per channel only;
+            uint8 or any float type [..., N, G], one value a block. Float zero points may have a
+            fraction.
+        fmt: The weight format.
+        scales_shape: (..., N, G).
+        block_size: 0 = per channel.
+    """
+    *lead, n, groups = scales_shape
+    packed = (*lead, n, -(-groups * fmt.bits // 8))
+    across_rows = (*lead, -(-n * fmt.bits // 8))
+    if zero_points.dtype == np.uint8 and zero_points.shape == packed:
+        return formats.unpack(zero_points, fmt.bits, groups).astype(np.float64)
+    if zero_points.dtype == np.uint8 and block_size == 0 and zero_points.shape == across_rows:
+        return formats.unpack(zero_points, fmt.bits, n).astype(np.float64).reshape(scales_shape)
+    if zero_points.size == math.prod(scales_shape):
+        return zero_points.astype(np.float64).reshape(scales_shape)
+    raise ValueError(
+        f"zero points have shape {list(zero_points.shape)}; allowed are {list(packed)} (packed), "
+        f"{list(scales_shape)} (one a block) and, per channel, {list(across_rows)} (packed)"
+    )
+
+
+def dequantize_projection(
+    projection: Projection, fmt: formats.Format, k: int, block_size: int
+) -> Float64:
+    """The weights of a projection: float64 [E, N, K].
+
+    w = (value(code) - zero_point) * scale * global_scale, where those that are None play no role.
+
+    Args:
+        projection: The stored tensors.
+        fmt: Their format.
+        k: Columns, K.
+        block_size: Codes that share a scale; 0 = one scale a row, or an expert.
+    """
+    experts, n = projection.codes.shape[:2]
+    scales, zero_points = None, None
+    shape = fmt.scale_shape(n, k, block_size)
+    if shape is not None:
+        if projection.scales is None:
+            raise ValueError(f"{fmt.name} weights with block_size {block_size} need scales")
+        shape = shape if block_size else (n, 1)
+        scales = projection.scales.reshape(experts, *shape)
+    if fmt.has_global_scale(block_size) and projection.global_scale is None:
+        raise ValueError(f"{fmt.name} weights with block_size {block_size} need a global scale")
+    if projection.zero_points is not None:
+        one_a_block = (experts, n, fmt.groups(k, block_size))
+        zero_points = expand_zero_points(projection.zero_points, fmt, one_a_block, block_size)
+    # Per channel, the one block is as long as the row.
+    return fmt.dequantize(
+        projection.codes,
+        scales,
+        zero_points,
+        k=k,
+        block_size=block_size or k,
+        global_scale=projection.global_scale,
+    )
+
+
+def matmul_nbits_weights(
+    b: Array,
+    scales: Array,
+    zero_points: Array | None = None,
+    g_idx: Array | None = None,
+    *,
+    k: int,
+    n: int,
+    block_size: int,
+    bits: int = 4,
+) -> Float64:
+    """The weights of a MatMulNBits node, float64 [N, K].
+
+    Args:
+        b: uint8 [N, G, block_size * bits / 8]; the last block may be partial and is then padded.
+        scales: [N, G], or flat.
+        zero_points: None, uint8 packed [N, ceil(G * bits / 8)], or one value a block [N, G]; or
+            flat.
+        g_idx: None, or int32 [K]: the block whose scale and zero point each column takes; codes
+            stay where they are.
+        k: Attribute K, columns.
+        n: Attribute N, rows.
+        block_size: Codes that share a scale.
+        bits: Bits a code.
+    """
+    fmt = formats.for_attributes("int", bits)
+    groups = fmt.groups(k, block_size)
+    codes = formats.unpack(b.reshape(n, -1), bits, k)
+    scale = scales.reshape(n, groups).astype(np.float64)
+    zero = np.full((n, groups), fmt.default_zero_point)
+    if zero_points is not None:
+        zero = expand_zero_points(zero_points.reshape(n, -1), fmt, (n, groups), block_size)
+    block_of = np.arange(k) // block_size if g_idx is None else g_idx.reshape(-1)[:k]
+    return np.asarray((fmt.values[codes] - zero[:, block_of]) * scale[:, block_of])

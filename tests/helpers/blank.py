@@ -1,0 +1,200 @@
+"""QMoE nodes of every quant_type and layout: right types and shapes, with next to nothing in them.
+
+For tests of what a node is taken for; those of numbers use `helpers.cases`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+Tensors = dict[str, np.ndarray]
+
+INPUTS = (
+    "input",
+    "router_probs",
+    "fc1_experts_weights",
+    "fc1_scales",
+    "fc1_experts_bias",
+    "fc2_experts_weights",
+    "fc2_scales",
+    "fc2_experts_bias",
+    "fc3_experts_weights",
+    "fc3_scales",
+    "fc3_experts_bias",
+    "fc1_zero_points",
+    "fc2_zero_points",
+    "fc3_zero_points",
+    "router_weights",
+    "fc1_global_scale",
+    "fc2_global_scale",
+    "fc1_act_scale",
+    "fc2_act_scale",
+    "fc1_act_block_scale",
+    "fc2_act_block_scale",
+)
+
+SCALE_TYPES = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "uint8": np.uint8,
+    "float8e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8e8m0": ml_dtypes.float8_e8m0fnu,
+}
+FIXED_BLOCKS = {"fp4": 32, "nvfp4": 16, "wfp4afp8": 32}
+_DEFAULT_SCALES = {"fp4": "float8e8m0", "nvfp4": "float8e4m3fn", "wfp4afp8": "float8e8m0"}
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A QMoE node.
+
+    Attributes:
+        layout: "raw", or "transposed" for the shape that prepacked and K-major weights share.
+        scales: Type of the scales; None = what the quant_type has.
+        float8_weights: fp8 weights as float8e4m3fn rather than uint8.
+        gate: "fused" (swiglu, fusion 1), "fc3" (silu) or "none" (relu).
+    """
+
+    quant_type: str = "int"
+    bits: int | None = None
+    fc2_bits: int | None = None
+    block_size: int = 32
+    hidden: int = 64
+    inter: int = 96
+    experts: int = 4
+    gate: str = "fused"
+    layout: str = "raw"
+    scales: str | None = None
+    float8_weights: bool = True
+    bias: bool = False
+    zero_points: bool = False
+    act_scales: int = 0
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        """The options that differ from their defaults."""
+        given = (
+            (field.name, getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        )
+        return "-".join(f"{name}={value}" for name, value in given) or "default"
+
+    @property
+    def attributes(self) -> dict[str, int | str | float]:
+        """What the node says, as exporters write it: nothing of its layout."""
+        made: dict[str, int | str | float] = {
+            "k": 2,
+            "activation_type": {"fused": "swiglu", "fc3": "silu", "none": "relu"}[self.gate],
+            "swiglu_fusion": int(self.gate == "fused"),
+        }
+        if self.quant_type != "int":
+            made["quant_type"] = self.quant_type
+        if self.bits:
+            made["expert_weight_bits"] = self.bits
+        if self.fc2_bits:
+            made["fc2_expert_weight_bits"] = self.fc2_bits
+        if self.block_size and self.quant_type not in FIXED_BLOCKS:
+            made["block_size"] = self.block_size
+        return made
+
+    def tensors(self) -> Tensors:
+        """The node's inputs."""
+        dtype = SCALE_TYPES[self.dtype]
+        rows = self.inter * (2 if self.gate == "fused" else 1)
+        tensors: Tensors = {
+            "input": np.ones((3, self.hidden), dtype),
+            "router_probs": np.ones((3, self.experts), dtype),
+            **self._projection("fc1", rows, self.hidden),
+            **self._projection("fc2", self.hidden, self.inter),
+        }
+        if self.gate == "fc3":
+            tensors |= self._projection("fc3", self.inter, self.hidden)
+        if self.quant_type in FIXED_BLOCKS or (self.quant_type == "fp8" and not self.block_size):
+            for name in ("fc1_global_scale", "fc2_global_scale"):
+                tensors[name] = np.ones(self.experts, np.float32)
+        if self.act_scales:
+            for name in ("fc1_act_scale", "fc2_act_scale"):
+                tensors[name] = np.ones(self.act_scales, np.float32)
+        return tensors
+
+    def model(
+        self,
+        domain: str = "com.microsoft",
+        attributes: Mapping[str, int | str | float | None] | None = None,
+        tensors: Mapping[str, np.ndarray | None] | None = None,
+    ) -> onnx.ModelProto:
+        """A model of this node; attributes and tensors replace the node's, None removes one."""
+        given = {**self.attributes, **(attributes or {})}
+        arrays = {**self.tensors(), **(tensors or {})}
+        return blank_model(
+            {name: array for name, array in arrays.items() if array is not None},
+            {name: value for name, value in given.items() if value is not None},
+            domain,
+        )
+
+    def _projection(self, name: str, n: int, k: int) -> Tensors:
+        e = self.experts
+        bits = 8 if self.quant_type == "fp8" else self.bits or 4
+        if name == "fc2" and self.fc2_bits:
+            bits = self.fc2_bits
+        rows, columns = (n, k) if self.layout == "raw" else (k, n)
+        codes = np.zeros((e, rows, columns * bits // 8), np.uint8)
+        if self.quant_type == "fp8" and self.float8_weights:
+            codes = codes.view(ml_dtypes.float8_e4m3fn)
+        tensors = {f"{name}_experts_weights": codes}
+        block = FIXED_BLOCKS.get(self.quant_type, self.block_size)
+        height = block if self.quant_type == "fp8" else 1
+        if self.quant_type != "fp8" or block:
+            scales = SCALE_TYPES[self.scales or _DEFAULT_SCALES.get(self.quant_type, self.dtype)]
+            shape = (e, -(-n // height), -(-k // block)) if block else (e, n)
+            tensors[f"{name}_scales"] = np.ones(shape, scales)
+        if self.zero_points:
+            shape = (e, n, -(-(k // block) * bits // 8)) if block else (e, n * bits // 8)
+            tensors[f"{name}_zero_points"] = np.zeros(shape, np.uint8)
+        if self.bias:
+            tensors[f"{name}_experts_bias"] = np.zeros((e, n), SCALE_TYPES[self.dtype])
+        return tensors
+
+
+def blank_model(
+    tensors: Mapping[str, np.ndarray],
+    attributes: Mapping[str, int | str | float],
+    domain: str = "com.microsoft",
+) -> onnx.ModelProto:
+    """A model of one QMoE node."""
+    names = [name if name in tensors else "" for name in INPUTS]
+    while not names[-1]:
+        names.pop()
+    fed = ("input", "router_probs", "router_weights")
+    element = helper.np_dtype_to_tensor_dtype(tensors["input"].dtype)
+    node = helper.make_node("QMoE", names, ["output"], name="node", domain=domain, **attributes)
+    graph = helper.make_graph(
+        [node],
+        "blank",
+        [
+            helper.make_tensor_value_info(
+                name,
+                helper.np_dtype_to_tensor_dtype(tensors[name].dtype),
+                ["tokens", *tensors[name].shape[1:]],
+            )
+            for name in fed
+            if name in tensors
+        ],
+        [helper.make_tensor_value_info("output", element, None)],
+        [
+            numpy_helper.from_array(array, name)
+            for name, array in tensors.items()
+            if name not in fed
+        ],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
