@@ -138,11 +138,11 @@ struct WeightLoader {
 
 /// Operand A of one k16 step of one row tile: decoded, offset and scaled.
 template <class F, class T>
-__device__ void DecodeOperand(const LaneCodes<F>& codes, int j, __half2 scale, __half2 offset,
-                              bool with_offsets, uint32_t (&a)[4]) {
-  if constexpr (std::is_same_v<T, __half>) {
+__device__ void DecodeOperand(const LaneCodes<F>& codes, const Codebook<F>& codebook, int j,
+                              __half2 scale, __half2 offset, bool with_offsets, uint32_t (&a)[4]) {
+  if constexpr (std::is_same_v<T, __half> && !F::kCodebook) {
     __half2 w[4];
-    codes.Dequant(j, w);
+    codes.Dequant(codebook, j, w);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are row g, 1 and 3 row g + 8
       if (with_offsets) w[i] = __hadd2(w[i], i % 2 ? __high2half2(offset) : __low2half2(offset));
@@ -151,9 +151,9 @@ __device__ void DecodeOperand(const LaneCodes<F>& codes, int j, __half2 scale, _
     }
   } else {
     // In float32, so that scaling rounds once: a float16 scale times an integer does not fit
-    // bfloat16.
+    // bfloat16, and values of a codebook fit neither type.
     float2 w[4];
-    codes.Dequant(j, w);
+    codes.Dequant(codebook, j, w);
     const float2 s = ToFloat2(scale), o = ToFloat2(offset);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -162,15 +162,15 @@ __device__ void DecodeOperand(const LaneCodes<F>& codes, int j, __half2 scale, _
         w[i].y += i % 2 ? o.y : o.x;
       }
       const float row_scale = i % 2 ? s.y : s.x;
-      const __nv_bfloat162 v = __floats2bfloat162_rn(w[i].x * row_scale, w[i].y * row_scale);
-      a[i] = reinterpret_cast<const uint32_t&>(v);
+      a[i] = PackPair<T>(w[i].x * row_scale, w[i].y * row_scale);
     }
   }
 }
 
 /// Multiplies one stage.
 template <class F, class T, int kRows>
-__device__ void MultiplyStage(const CudaGemmArgs& args, const char* stage, int warp, int lane,
+__device__ void MultiplyStage(const CudaGemmArgs& args, const Codebook<F>& codebook,
+                              const char* stage, int warp, int lane,
                               float (&sums)[kWarpTiles][kRows / 8][4]) {
   using Layout = Stage<F, kRows>;
   const bool with_offsets = args.zero_offsets != nullptr;
@@ -196,7 +196,7 @@ __device__ void MultiplyStage(const CudaGemmArgs& args, const char* stage, int w
         if (args.block_scales != nullptr)
           scale = *reinterpret_cast<const __half2*>(stage + Layout::kScales + at);
         if (with_offsets) offset = *reinterpret_cast<const __half2*>(stage + Layout::kOffsets + at);
-        DecodeOperand<F, T>(codes[i], j, scale, offset, with_offsets, a[step][i]);
+        DecodeOperand<F, T>(codes[i], codebook, j, scale, offset, with_offsets, a[step][i]);
       }
     }
 #pragma unroll
@@ -235,6 +235,7 @@ __global__ void __launch_bounds__(kThreads, kRows >= 64 ? 3 : 4)
     CopyAsyncCommit();  // an empty group at the end, so that groups and k tiles stay in step
   };
 
+  const Codebook<F> codebook(args);
   float sums[kWarpTiles][kRows / 8][4] = {};
 #pragma unroll
   for (int k_tile = 0; k_tile < kDepth - 1; ++k_tile) load(k_tile);
@@ -242,7 +243,8 @@ __global__ void __launch_bounds__(kThreads, kRows >= 64 ? 3 : 4)
     CopyAsyncWait<kDepth - 2>();
     __syncthreads();  // k_tile has arrived for all; the stage of k_tile - 1 is free
     load(k_tile + kDepth - 1);
-    MultiplyStage<F, T, kRows>(args, shared + k_tile % kDepth * kStageBytes, warp, lane, sums);
+    MultiplyStage<F, T, kRows>(args, codebook, shared + k_tile % kDepth * kStageBytes, warp, lane,
+                               sums);
   }
   CopyAsyncWait<0>();
   __syncthreads();

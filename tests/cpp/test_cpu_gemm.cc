@@ -53,8 +53,16 @@ struct eight_bit_table : formats::FormatBase<eight_bit_table, 8> {
   static constexpr bool kZeroPoints = false;
   static float Decode(uint32_t code) { return (float(code) - 100.5f) * float(code % 7); }
 };
+struct four_bit_codebook : formats::FormatBase<four_bit_codebook, 4> {
+  static constexpr char kName[] = "test_book";
+  static constexpr float kDefaultZeroPoint = 0;
+  static constexpr bool kZeroPoints = false;
+  static constexpr bool kCodebook = true;
+  static float Decode(uint32_t) { return 0; }
+};
 const bool formats_registered = RegisterFormat(DescribeFormat<two_bits>()) &&
                                 RegisterFormat(DescribeFormat<four_bit_table>()) &&
+                                RegisterFormat(DescribeFormat<four_bit_codebook>()) &&
                                 RegisterFormat(DescribeFormat<eight_bit_table>());
 
 std::mt19937 rng(1);
@@ -100,7 +108,7 @@ struct Shape {
 
 /// Random weights of a projection, and the tensors that hold them.
 struct Weights {
-  Tensor codes, scales, zero_points, bias;
+  Tensor codes, scales, zero_points, bias, codebook;
   Projection projection;
 
   explicit Weights(const Shape& s) {
@@ -134,6 +142,8 @@ struct Weights {
       zero_points = s.block ? Tensor(DType::kUint8, {s.experts, s.n, (groups * bits + 7) / 8}, byte)
                             : Tensor(DType::kUint8, {s.experts, (s.n * bits + 7) / 8}, byte);
     projection.zero_points = zero_points.view;
+    if (s.format->codebook) codebook = Tensor(DType::kFloat32, {int64_t(1) << bits}, Gauss);
+    projection.codebook = codebook.view;
     if (s.bias) bias = Tensor(DType::kFloat32, {s.experts, s.n}, Gauss);
     projection.bias = bias.view;
   }
@@ -144,6 +154,10 @@ std::vector<double> Dequantize(const RowReader& reader) {
   const int64_t k = reader.k(), block = reader.block_size() ? reader.block_size() : k;
   std::vector<uint8_t> codes(k);
   std::vector<float> scales(reader.groups()), offsets(reader.groups());
+  const auto value = [&](uint8_t code) {
+    return double(reader.codebook().empty() ? reader.format().centered[code]
+                                            : reader.codebook()[code]);
+  };
   std::vector<double> w;
   for (int64_t e = 0; e < reader.experts(); ++e) {
     for (int64_t row = 0; row < reader.rows(); ++row) {
@@ -151,8 +165,7 @@ std::vector<double> Dequantize(const RowReader& reader) {
       reader.Scales(e, row, scales.data());
       reader.ZeroOffsets(e, row, offsets.data());
       for (int64_t i = 0; i < k; ++i)
-        w.push_back((double(reader.format().centered[codes[i]]) + offsets[i / block]) *
-                    scales[i / block]);
+        w.push_back((value(codes[i]) + offsets[i / block]) * scales[i / block]);
     }
   }
   return w;
@@ -180,7 +193,7 @@ const std::vector<const Kernel*>& CpuKernels(const Format* format) {
   return kernels;
 }
 
-GemmArgs ArgsOf(const PackedWeights& w, const CpuGemm& gemm, int64_t expert) {
+GemmArgs ArgsOf(const PackedWeights& w, const CpuGemm& gemm, int64_t expert, float* table) {
   const int64_t tile = expert * w.shape.row_tiles;
   const int64_t scales =
       tile * std::max<int64_t>(w.shape.groups, 1) * 16 * int64_t(SizeOf(w.scale_dtype()));
@@ -195,7 +208,9 @@ GemmArgs ArgsOf(const PackedWeights& w, const CpuGemm& gemm, int64_t expert) {
   args.panels = w.shape.row_tiles;
   args.k_padded = w.shape.k_padded;
   args.block_size = w.header.block_size;
-  args.table = gemm.table;
+  const int codes = 1 << GetFormat(w.header.FormatName()).bits;
+  for (int i = 0; i < 256; ++i) table[i] = w.codebook() ? w.codebook()[i % codes] : gemm.table[i];
+  args.table = table;
   return args;
 }
 
@@ -218,7 +233,8 @@ void TestKernels(const Shape& shape) {
   for (const Kernel* kernel : CpuKernels(shape.format)) {
     const CpuGemm& gemm = *static_cast<const CpuGemm*>(kernel->launch);
     const std::string what = kernel->name + ": " + shape.Describe();
-    GemmArgs args = ArgsOf(packed, gemm, expert);
+    float table[256];
+    GemmArgs args = ArgsOf(packed, gemm, expert, table);
     std::vector<float> all(rows * columns), part(rows * columns);
     args.x = x.data();
     args.ldx = kp;
@@ -537,11 +553,13 @@ void TestFloatFormats() {
     for (int64_t m : {1, 61}) {
       TestMatMul({&GetFormat("mxfp4"), 1, 130, 96, 32}, dtype, m, false);
       TestMatMul({&GetFormat("nvfp4"), 1, 130, 96, 16}, dtype, m, false);
+      TestMatMul({&GetFormat("test_book"), 1, 130, 96, 64}, dtype, m, false);
       for (int64_t block : {0, 128})
         TestMatMul({&GetFormat("fp8_e4m3"), 1, 130, 200, block}, dtype, m, false);
     }
     TestMoe({.hidden = 96, .inter = 160, .block = 32, .dtype = dtype, .format = "mxfp4"});
     TestMoe({.tokens = 70, .block = 16, .dtype = dtype, .format = "nvfp4"});
+    TestMoe({.hidden = 72, .inter = 40, .block = 0, .dtype = dtype, .format = "test_book"});
     TestMoe({.hidden = 72, .inter = 40, .block = 0, .dtype = dtype, .format = "fp8_e4m3"});
   }
 }
