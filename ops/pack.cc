@@ -246,6 +246,7 @@ PackedHeader PlanPack(const RowReader& reader, bool gated, Layout layout, ScaleP
                  (reader.has_zero_points() ? PackedHeader::kZeroOffsets : 0u) |
                  (reader.has_bias() ? PackedHeader::kBias : 0u) |
                  (reader.has_sum_scale() ? PackedHeader::kSumScale : 0u) |
+                 (reader.codebook().empty() ? 0u : PackedHeader::kCodebook) |
                  (reader.k_order().empty() ? 0u : PackedHeader::kPermutedK);
   header.scale_dtype = uint16_t(half ? DType::kFloat16 : DType::kFloat32);
   SealHeader(header);
@@ -254,13 +255,20 @@ PackedHeader PlanPack(const RowReader& reader, bool gated, Layout layout, ScaleP
 
 void Pack(const RowReader& reader, const PackedHeader& header, const PackSink& sink) {
   CheckHeader(header, header.layout, reader.format().name);
-  if (sink.base != nullptr) {
-    std::memcpy(sink.base, &header, sizeof header);
+  const auto write = [&sink](size_t offset, const void* bytes, size_t size) {
+    if (sink.base != nullptr)
+      std::memcpy(sink.base + offset, bytes, size);
+    else
+      sink.write(offset, static_cast<const uint8_t*>(bytes), size);
+  };
+  write(0, &header, sizeof header);
+  const std::vector<float>& codebook = reader.codebook();
+  if (!codebook.empty())
+    write(ShapeOf(header).codebook, codebook.data(), codebook.size() * sizeof(float));
+  if (sink.base != nullptr)
     PackInPlace(reader, header, sink.base);
-  } else {
-    sink.write(0, reinterpret_cast<const uint8_t*>(&header), sizeof header);
+  else
     PackStaged(reader, header, sink);
-  }
 }
 
 PackedWeights PackToHost(const RowReader& reader, bool gated, Layout layout, ScalePolicy policy) {

@@ -16,7 +16,7 @@ PackTarget TargetOf(const Device& device, DType activations) {
 
 PackSource::PackSource(const Projection& p) : name_(p.name) {
   for (const TensorView* other :
-       {&p.codes, &p.scales, &p.zero_points, &p.bias, &p.global_scale, &p.group_index})
+       {&p.codes, &p.scales, &p.zero_points, &p.bias, &p.global_scale, &p.group_index, &p.codebook})
     QMOE_REQUIRE(!other->present, p.name, " is packed, which has everything in it, but ",
                  other->Describe(),
                  " is given as well; leave scales, zero points, bias and global scale out");

@@ -89,6 +89,8 @@ PackedShape ShapeOf(const PackedHeader& header) {
         place(tiles * size_t(std::max<int64_t>(shape.groups, 1)) * 16 * scale_size);
   shape.row_scales = place(tiles * 16 * sizeof(float));
   if (header.flags & PackedHeader::kBias) shape.bias = place(tiles * 16 * sizeof(float));
+  if (header.flags & PackedHeader::kCodebook)
+    shape.codebook = place((size_t(1) << format.bits) * sizeof(float));
   shape.total = end;
   return shape;
 }
@@ -116,9 +118,10 @@ PackedWeights LoadPacked(const void* bytes, size_t size) {
                " bytes, less than their header");
   std::memcpy(&packed.header, bytes, sizeof packed.header);
   CheckIntact(packed.header);
-  GetTileLayout(packed.header.layout);    // throws if it is unknown
-  GetFormat(packed.header.FormatName());  // likewise
-  QMOE_REQUIRE(Plausible(packed.header),
+  GetTileLayout(packed.header.layout);                           // throws if it is unknown
+  const Format& format = GetFormat(packed.header.FormatName());  // likewise
+  const bool codebook = (packed.header.flags & PackedHeader::kCodebook) != 0;
+  QMOE_REQUIRE(Plausible(packed.header) && codebook == format.codebook,
                "the header of packed weights makes no sense; pack them again");
   packed.shape = ShapeOf(packed.header);
   QMOE_REQUIRE(packed.header.bytes == packed.shape.total && size == packed.shape.total,

@@ -13,6 +13,7 @@
 //                                             that was taken out of the row's block scales;
 //                                             times the scale of the activations, if one is given
 //   bias         [E, Tn, 16]                  float32; only if the model gives a bias
+//   codebook     [2^bits]                     float32, value of each code; formats with a codebook
 //
 // w = (centered(code) + zero_offset) * block_scale * row_scale. Padding codes decode to anything;
 // kernels must multiply them by zero activations. Padding rows have scale 0.
@@ -50,8 +51,9 @@ struct PackedHeader {
     kGated = 1,
     kZeroOffsets = 2,
     kBias = 4,
-    kSumScale = 8,   // a scale of the activations is in row_scales
-    kPermutedK = 16  // K is not as stored (g_idx): only of use to who packed them
+    kSumScale = 8,    // a scale of the activations is in row_scales
+    kPermutedK = 16,  // K is not as stored (g_idx): only of use to who packed them
+    kCodebook = 32
   };
 
   char magic[8];
@@ -75,11 +77,11 @@ static_assert(sizeof(PackedHeader) == 64);
 /// Offsets and strides of the sections, in bytes unless said otherwise; a function of the header
 /// alone.
 struct PackedShape {
-  int64_t row_tiles;                                           // Tn
-  int64_t k_padded;                                            // Kp
-  int64_t groups;                                              // G; 0 = per channel
-  int64_t tile_bytes;                                          // codes of one 16-row tile
-  size_t codes, block_scales, zero_offsets, row_scales, bias;  // offset; 0 = section absent
+  int64_t row_tiles;                                                     // Tn
+  int64_t k_padded;                                                      // Kp
+  int64_t groups;                                                        // G; 0 = per channel
+  int64_t tile_bytes;                                                    // codes of one 16-row tile
+  size_t codes, block_scales, zero_offsets, row_scales, bias, codebook;  // offset; 0 = absent
   size_t total;
 };
 PackedShape ShapeOf(const PackedHeader& header);
@@ -95,6 +97,7 @@ struct PackedWeights {
   const void* zero_offsets() const { return At(shape.zero_offsets); }
   const float* row_scales() const { return static_cast<const float*>(At(shape.row_scales)); }
   const float* bias() const { return static_cast<const float*>(At(shape.bias)); }
+  const float* codebook() const { return static_cast<const float*>(At(shape.codebook)); }
   DType scale_dtype() const { return DType(header.scale_dtype); }
   bool gated() const { return header.flags & PackedHeader::kGated; }
 

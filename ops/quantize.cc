@@ -99,10 +99,17 @@ BlockScale ChooseScale(const Encoder& encoder, const Format& format, bool symmet
   return {scale, uint8_t(std::clamp(zero, 0.0f, top))};
 }
 
+void RequireValues(const Format& format) {
+  QMOE_REQUIRE(!format.codebook, "format ", format.name,
+               " has no values of its own, the model gives them; it cannot be quantised or "
+               "dequantised by its name alone");
+}
+
 }  // namespace
 
 void Quantize(const Format& format, const QuantShape& shape, bool symmetric, const float* weights,
               uint8_t* codes, float* scales, uint8_t* zero_points) {
+  RequireValues(format);
   if (!symmetric && !format.zero_points)
     FailInvalid("format ", format.name, " has no zero points; quantise it with symmetric=True");
   const Encoder encoder(format);
@@ -126,6 +133,7 @@ void Quantize(const Format& format, const QuantShape& shape, bool symmetric, con
 
 void Dequantize(const Format& format, const QuantShape& shape, const uint8_t* codes,
                 int64_t row_bytes, const float* scales, const float* zero_points, float* weights) {
+  RequireValues(format);
   const int64_t groups = shape.groups(), block = shape.block_size ? shape.block_size : shape.k;
   ForEachOnAllCores(shape.rows, [&](int64_t row) {
     thread_local std::vector<uint8_t> row_codes;

@@ -124,6 +124,7 @@ RowReader::RowReader(Projection projection, RowOrder order)
   groups_ = p.groups();
   packed_k_ = p.k;
   if (p.group_index.present) BuildKOrder();
+  ReadCodebook();
 }
 
 RowReader::RowReader(Projection gate, Projection up)
@@ -142,6 +143,30 @@ RowReader::RowReader(Projection gate, Projection up)
                ") must have the same format and shape");
   groups_ = a.groups();
   packed_k_ = a.k;
+  ReadCodebook();
+}
+
+void RowReader::ReadCodebook() {
+  for (const Projection& p : parts_) {
+    const TensorView& tensor = p.codebook;
+    const std::vector<int64_t> shape{int64_t(1) << p.format->bits};
+    QMOE_REQUIRE(tensor.present == p.format->codebook, p.name, " has ",
+                 tensor.present ? "a codebook, which" : "no codebook, but", " format ",
+                 p.format->name, tensor.present ? " does not take" : " needs one");
+    if (!tensor.present) return;
+    QMOE_REQUIRE(IsFloat(tensor.dtype) && tensor.shape == shape, p.name, " codebook is ",
+                 tensor.Describe(), "; it must be a float tensor of shape ", ShapeText(shape),
+                 ", the value of each code");
+    std::vector<float> values;
+    for (int64_t code = 0; code < shape[0]; ++code) {
+      values.push_back(LoadFloat(tensor.data, tensor.dtype, size_t(code)));
+      QMOE_REQUIRE(std::isfinite(values.back()), p.name, " codebook gives code ", code,
+                   " the value ", values.back(), "; values must be finite");
+    }
+    QMOE_REQUIRE(codebook_.empty() || codebook_ == values, p.name,
+                 " has another codebook than the gates; both must have the same");
+    codebook_ = values;
+  }
 }
 
 RowReader::ZeroPoints RowReader::ZeroPointsOf(const Projection& p) {

@@ -55,7 +55,8 @@ struct Projection {
   TensorView global_scale = {};  // optional, float32 [E]: factor on all scales of an expert
   TensorView sum_scale = {};     // optional, float32 [E]: factor on y, but not on the bias
   TensorView group_index = {};   // optional, int32 [K]: block of each k (g_idx of MatMulNBits)
-  TensorView packed = {};        // instead of all others: uint8 [bytes], see ops/pack_source.h
+  TensorView codebook = {};  // formats with a codebook: float types [2^bits], value of each code
+  TensorView packed = {};    // instead of all others: uint8 [bytes], see ops/pack_source.h
 
   DType ScaleType() const { return scales_are_e8m0 ? DType::kFloat8E8M0 : scales.dtype; }
   int64_t groups() const { return block_size ? (k + block_size - 1) / block_size : 1; }
@@ -102,6 +103,8 @@ class RowReader {
   /// default_zero_point - zero_point of one row, [groups()]; zeros if there are no zero points.
   void ZeroOffsets(int64_t expert, int64_t row, float* out) const;
   float Bias(int64_t expert, int64_t row) const;
+  /// Value of each code, [2^bits], for formats with a codebook; else empty.
+  const std::vector<float>& codebook() const { return codebook_; }
   /// Factor on the sums of an expert, 1 unless Projection::sum_scale is given.
   float SumScale(int64_t expert) const;
   bool has_sum_scale() const { return parts_[0].sum_scale.present; }
@@ -121,6 +124,7 @@ class RowReader {
 
   Place Locate(int64_t row) const;
   void BuildKOrder();
+  void ReadCodebook();
   void ReorderCodes(uint8_t* codes) const;
   void RefuseNaN(int64_t expert, int64_t row, const uint8_t* codes) const;
   static ZeroPoints ZeroPointsOf(const Projection& projection);
@@ -130,6 +134,7 @@ class RowReader {
   RowOrder order_;
   int64_t packed_k_ = 0;
   int64_t groups_ = 0;
+  std::vector<float> codebook_;
   std::vector<int32_t> k_order_;      // see k_order()
   std::vector<int32_t> group_order_;  // stored block of each packed block; empty = identity
 };

@@ -68,7 +68,8 @@ struct E2M1Fragment : formats::FormatBase<Derived, 4> {
   __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
     for (int i = 0; i < 4; ++i) {
       const uint32_t bits = ScaledHalf2(words[0], i);
-      a[i] = FromHalf2<T2>(__hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(16384.0f)));
+      a[i] = FromHalf2<T2>(
+          __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(16384.0f)));
     }
   }
 #endif
@@ -81,7 +82,8 @@ struct E4M3Fragment : formats::FormatBase<Derived, 8> {
   /// Two float16: the values of pair `pair` times 2^-8.
   QMOE_HOST_DEVICE static constexpr uint32_t ScaledHalf2(const uint32_t* words, int pair) {
     const uint32_t codes = words[pair / 2] >> (16 * (pair % 2));
-    const uint32_t high = (codes & 0xffu) << 8 | (codes & 0xff00u) << 16;  // each in the upper byte of a half
+    const uint32_t high = (codes & 0xffu) << 8 | (codes & 0xff00u)
+                                                     << 16;  // each in the upper byte of a half
     return (high & 0x80008000u) | (high & 0x7f007f00u) >> 1;
   }
 
@@ -90,7 +92,8 @@ struct E4M3Fragment : formats::FormatBase<Derived, 8> {
   __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
     for (int i = 0; i < 4; ++i) {
       const uint32_t bits = ScaledHalf2(words, i);
-      a[i] = FromHalf2<T2>(__hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f)));
+      a[i] =
+          FromHalf2<T2>(__hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f)));
     }
   }
 #endif

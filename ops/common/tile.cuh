@@ -38,6 +38,28 @@ __device__ inline int64_t TileScales(const CudaGemmArgs& args, int expert, int r
   return (int64_t(expert) * args.row_tiles + row_tile) * args.groups * kTileRows;
 }
 
+/// The values of a format with a codebook, one a lane; nothing for all other formats. A look-up is a
+/// shuffle, so whole warps must take part.
+template <class F>
+class Codebook {
+ public:
+  __device__ explicit Codebook(const CudaGemmArgs&) {}
+};
+
+template <class F>
+  requires F::kCodebook
+class Codebook<F> {
+ public:
+  __device__ explicit Codebook(const CudaGemmArgs& args)
+      : value_(args.codebook[threadIdx.x % (1 << F::kBits)]) {}
+  __device__ float operator[](uint32_t code) const {
+    return __shfl_sync(0xffffffff, value_, int(code));
+  }
+
+ private:
+  float value_;
+};
+
 /// The codes of one lane in one tile, as words.
 template <class F>
 struct LaneCodes {
@@ -66,8 +88,15 @@ struct LaneCodes {
   /// Centered values of fragment j, two of each row: (g, k..), (g+8, k..), (g, k+8..), (g+8,
   /// k+8..).
   template <class T2>
-  __device__ void Dequant(int j, T2 (&a)[4]) const {
-    if constexpr (F::kBits == 2) {
+  __device__ void Dequant(const Codebook<F>& codebook, int j, T2 (&a)[4]) const {
+    if constexpr (F::kCodebook) {
+      static_assert(F::kBits == 4 && std::is_same_v<T2, float2>);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t pair = words[j] >> (8 * i);
+        a[i] = make_float2(codebook[pair & 15], codebook[(pair >> 4) & 15]);
+      }
+    } else if constexpr (F::kBits == 2) {
       const uint32_t half_word = words[j / 2] >> (16 * (j % 2));
       F::DequantFragment(&half_word, a);
     } else {

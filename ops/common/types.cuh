@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
 #include <type_traits>
 
 #include "ops/dtype.h"
@@ -22,6 +23,18 @@ __device__ T FromFloat(float x) {
     return __float2bfloat16_rn(x);
   else
     return x;
+}
+
+/// Two 16-bit floats, rounded once each, as a register of an MMA operand.
+template <class T>
+__device__ uint32_t PackPair(float x, float y) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(x, y);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
 }
 
 /// Type of block scales and zero offsets beside activations of type T.

@@ -76,7 +76,7 @@ extern const CpuIsa kCpuAvx512;
 struct CpuGemm {
   const CpuIsa* isa;
   GemmFunction gemm;
-  float table[256];  // GemmArgs::table
+  float table[256];  // GemmArgs::table, but for formats with a codebook
 };
 
 /// Registers every kernel with every format. The registry calls it once, after all formats.

@@ -9,6 +9,9 @@ PackedMatrix::PackedMatrix(const PackSource& source, const GemmProblem& problem)
   const Kernel& kernel = Select(cpu, problem);
   kernel_ = static_cast<const CpuGemm*>(kernel.launch);
   weights_ = source.ToHost(IsGated(problem.activation), TargetOf(cpu, problem.dtype));
+  const int codes = 1 << problem.format->bits;
+  const float* codebook = weights_.codebook();
+  for (int i = 0; i < 256; ++i) table_[i] = codebook ? codebook[i % codes] : kernel_->table[i];
 }
 
 int64_t PackedMatrix::Multiply(int64_t expert, int64_t task, const Rows& rows, float* y,
@@ -31,7 +34,7 @@ int64_t PackedMatrix::Multiply(int64_t expert, int64_t task, const Rows& rows, f
   args.panels = std::min(kTaskPanels, panels() - first_panel);
   args.k_padded = shape.k_padded;
   args.block_size = weights_.header.block_size;
-  args.table = kernel_->table;
+  args.table = table_;
   args.x = rows.x;
   args.ldx = rows.ldx;
   args.row_index = rows.index;

@@ -53,6 +53,7 @@ class PackedMatrix {
  private:
   const CpuGemm* kernel_;
   PackedWeights weights_;
+  float table_[256];  // GemmArgs::table
 };
 
 /// Hands out pieces of a workspace, or only counts them when `base` is null.

@@ -44,6 +44,7 @@ struct Format {
   bool zero_points;          // whether a model may give zero points
   bool is_float;             // codes are floats, not integers
   bool has_nan;              // some code is not a number
+  bool codebook;             // the model gives the values of the codes; those below are 0
   float centered[256];       // Decode(code) - default_zero_point for each of the 2^bits codes
   /// Lays out the 8 codes of one fragment (see the top of this file) in `bits` bytes.
   void (*encode_fragment)(const uint8_t* codes, uint8_t* bytes);
@@ -60,6 +61,9 @@ struct FormatBase {
   static_assert(Bits == 2 || Bits == 4 || Bits == 8);
   static constexpr int kBits = Bits;
   static constexpr uint32_t kCodeMask = (1u << Bits) - 1;
+  /// Whether the model gives the values of the codes (Projection::codebook) instead of Decode. Such a
+  /// format has 4 bits and keeps the fragments of FormatBase.
+  static constexpr bool kCodebook = false;
   /// 32-bit words that hold one fragment (a 2-bit fragment fills half a word, the low half).
   static constexpr int kFragmentWords = Bits < 4 ? 1 : Bits / 4;
 
@@ -94,6 +98,7 @@ Format DescribeFormat() {
   format.bits = F::kBits;
   format.default_zero_point = F::kDefaultZeroPoint;
   format.zero_points = F::kZeroPoints;
+  format.codebook = F::kCodebook;
   format.encode_fragment = &F::EncodeFragment;
   for (uint32_t code = 0; code < (1u << F::kBits); ++code) {
     const float value = format.centered[code] = F::Centered(code);

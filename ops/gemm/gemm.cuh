@@ -46,8 +46,9 @@ struct CudaGemmArgs {
   const void* block_scales;  // null = per channel
   const void* zero_offsets;  // null = none
   const float* row_scales;
-  const float* bias;   // null = none
-  int64_t tile_bytes;  // codes of one row tile
+  const float* bias;      // null = none
+  const float* codebook;  // [2^bits], formats with a codebook only
+  int64_t tile_bytes;     // codes of one row tile
   int n, k;
   int row_tiles;    // of the weights: ceil(n / 16)
   int block_shift;  // k >> block_shift is the block; 31 = per channel

@@ -53,12 +53,12 @@ struct WeightTile {
 
 /// Adds one k tile to the lane's sums of rows g and g + 8. `x` is [kRows, 64].
 template <class F, class T, int kRows>
-__device__ void Accumulate(const WeightTile<F, T>& tile, bool scaled, bool with_offsets,
-                           const float* x, int lane, float (&sums)[kRows][2]) {
+__device__ void Accumulate(const WeightTile<F, T>& tile, const Codebook<F>& codebook, bool scaled,
+                           bool with_offsets, const float* x, int lane, float (&sums)[kRows][2]) {
 #pragma unroll
   for (int j = 0; j < kFragmentsPerTile; ++j) {
     float2 w[4];
-    tile.codes.Dequant(j, w);
+    tile.codes.Dequant(codebook, j, w);
     if (with_offsets) {
       const float2 offset = ToFloat2(tile.offsets[j]);
       w[0].x += offset.x, w[0].y += offset.x, w[2].x += offset.x, w[2].y += offset.x;
@@ -83,6 +83,7 @@ template <class F, class T, int kRows, int kUnroll>
 __device__ void SumTiles(const CudaGemmArgs& args, const RowTile& rows, int row_tile, int warp,
                          int lane, float (*x_shared)[kRows][kTileK], float (&sums)[kRows][2]) {
   using S = ScaleOf<T>;
+  const Codebook<F> codebook(args);
   const uint8_t* codes = TileCodes(args, rows.expert, row_tile);
   const int64_t slot = TileScales(args, rows.expert, row_tile) + lane / 4 * 2;
   const S *scales = nullptr, *offsets = nullptr;
@@ -116,8 +117,8 @@ __device__ void SumTiles(const CudaGemmArgs& args, const RowTile& rows, int row_
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
       if (first + u * kWarps < k_tiles)
-        Accumulate<F, T, kRows>(tiles[u], scales != nullptr, offsets != nullptr, &x_shared[u][0][0],
-                                lane, sums);
+        Accumulate<F, T, kRows>(tiles[u], codebook, scales != nullptr, offsets != nullptr,
+                                &x_shared[u][0][0], lane, sums);
   }
 }
 

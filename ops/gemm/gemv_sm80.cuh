@@ -99,8 +99,8 @@ __device__ inline void AddScaled(const float (&part)[4], __half2 scale, float (&
 
 /// Adds one k tile to the lane's sums. `x` is where this lane's ldmatrix row lies in the tile.
 template <class F, class T, Blocks kBlocks, bool kOffsets>
-__device__ void Accumulate(const WeightTile<F, kBlocks, kOffsets>& tile, const char* x,
-                           float (&sums)[4]) {
+__device__ void Accumulate(const CudaGemmArgs& args, const WeightTile<F, kBlocks, kOffsets>& tile,
+                           const char* x, float (&sums)[4]) {
   constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
   constexpr uint32_t kOnesA[4] = {kOnes, kOnes, kOnes, kOnes};
 #pragma unroll
@@ -112,7 +112,7 @@ __device__ void Accumulate(const WeightTile<F, kBlocks, kOffsets>& tile, const c
     for (int step = 0; step < 2; ++step) {
       T2Of<T> w[4];
       uint32_t a[4];
-      tile.codes.Dequant(2 * pair + step, w);
+      tile.codes.Dequant(Codebook<F>(args), 2 * pair + step, w);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = reinterpret_cast<const uint32_t&>(w[i]);
       constexpr bool kDirect = kBlocks == Blocks::kPerChannel && !kOffsets;
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, kOffsets || F::kBits == 8 ? 2 : 3)
 #pragma unroll
       for (int d = 0; d < kDeep; ++d) {
         if (k_tile >= end) break;
-        Accumulate<F, T, kBlocks, kOffsets>(weights[d], x, sums);
+        Accumulate<F, T, kBlocks, kOffsets>(args, weights[d], x, sums);
         if (const int next = k_tile + kDeep * split; next < end)
           weights[d].Load(codes, scales, offsets, args.block_shift, next);
         k_tile += split;
@@ -231,6 +231,7 @@ struct Gemm {
   static std::vector<DType> DTypes() { return {DType::kFloat16, DType::kBFloat16}; }
 
   static std::string Refuse(const GemmProblem& p) {
+    if (F::kCodebook) return "values of a codebook are not exact in 16 bits";
     // Each block brings all rows of x to its shared memory; for more rows that outweighs the weights.
     const int64_t most = p.experts == 1 ? 4 : 16;
     if (p.rows > most) return Concat(p.rows, " rows; it takes at most ", most);
@@ -253,6 +254,7 @@ struct Gemm {
   /// fn(kernel) for the combination.
   template <class Fn>
   static void WithKernel(DType dtype, Blocks blocks, bool offsets, Fn&& fn) {
+    if constexpr (F::kCodebook) return;  // refused
     const auto with_type = [&](auto type) {
       using T = decltype(type);
       const auto with_blocks = [&]<Blocks kBlocks>() {

@@ -27,8 +27,8 @@ using Tile = float[kTileK][kStride];
 
 /// Decodes one k tile. Warp w takes row tile w % 4, k16 steps 2 (w / 4) and the next.
 template <class F, class T>
-__device__ void LoadWeights(const CudaGemmArgs& args, const RowTile& tile, int first_row_tile,
-                            int k_tile, Tile& weights) {
+__device__ void LoadWeights(const CudaGemmArgs& args, const Codebook<F>& codebook,
+                            const RowTile& tile, int first_row_tile, int k_tile, Tile& weights) {
   using S = ScaleOf<T>;
   using S2 = Scale2Of<T>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -43,9 +43,9 @@ __device__ void LoadWeights(const CudaGemmArgs& args, const RowTile& tile, int f
     // A constant index for each half: LaneCodes must stay in registers.
     float2 w[4];
     if (warp < 4)
-      codes.Dequant(step, w);
+      codes.Dequant(codebook, step, w);
     else
-      codes.Dequant(2 + step, w);
+      codes.Dequant(codebook, 2 + step, w);
     const int j = warp / 4 * 2 + step;
     const int64_t slot = TileScales(args, tile.expert, row_tile) + lane / 4 * 2 +
                          int64_t((k_tile * kTileK + 16 * j) >> args.block_shift) * kTileRows;
@@ -92,10 +92,11 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (!GetRowTile(args, blockIdx.x / weight_blocks, &tile)) return;
   const int row = threadIdx.x % 16 * 4, weight_row = threadIdx.x / 16 * 4;
 
+  const Codebook<F> codebook(args);
   float sums[4][4] = {};  // [row of x][weight row]
   const int k_tiles = (args.k + kTileK - 1) / kTileK;
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-    LoadWeights<F, T>(args, tile, first_row_tile, k_tile, shared[0]);
+    LoadWeights<F, T>(args, codebook, tile, first_row_tile, k_tile, shared[0]);
     LoadX<T>(args, tile, k_tile, shared[1]);
     __syncthreads();
 #pragma unroll 8

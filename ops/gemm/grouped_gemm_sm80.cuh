@@ -136,25 +136,13 @@ struct WeightLoader {
   }
 };
 
-/// Two values as one operand register.
-template <class T>
-__device__ uint32_t RoundPair(float x, float y) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 v = __floats2half2_rn(x, y);
-    return reinterpret_cast<const uint32_t&>(v);
-  } else {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
-    return reinterpret_cast<const uint32_t&>(v);
-  }
-}
-
 /// Operand A of one k16 step of one row tile: decoded, offset and scaled.
 template <class F, class T, bool kOffsets>
-__device__ void DecodeOperand(const LaneCodes<F>& codes, int j, __half2 scale, __half2 offset,
-                              uint32_t (&a)[4]) {
-  if constexpr (std::is_same_v<T, __half> && !kOffsets) {
+__device__ void DecodeOperand(const LaneCodes<F>& codes, const Codebook<F>& codebook, int j,
+                              __half2 scale, __half2 offset, uint32_t (&a)[4]) {
+  if constexpr (std::is_same_v<T, __half> && !kOffsets && !F::kCodebook) {
     __half2 w[4];
-    codes.Dequant(j, w);
+    codes.Dequant(codebook, j, w);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are row g, 1 and 3 row g + 8
       w[i] = __hmul2(w[i], i % 2 ? __high2half2(scale) : __low2half2(scale));
@@ -162,21 +150,23 @@ __device__ void DecodeOperand(const LaneCodes<F>& codes, int j, __half2 scale, _
     }
   } else {
     // In float32, so that the weight is rounded once: a float16 scale times an integer does not fit
-    // bfloat16, and a fractional zero point need not fit float16 beside its code.
+    // bfloat16, a fractional zero point need not fit float16 beside its code, and values of a
+    // codebook fit neither type.
     float2 w[4];
-    codes.Dequant(j, w);
+    codes.Dequant(codebook, j, w);
     const float2 s = ToFloat2(scale), o = ToFloat2(offset);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float row_scale = i % 2 ? s.y : s.x, row_offset = i % 2 ? o.y : o.x;
-      a[i] = RoundPair<T>((w[i].x + row_offset) * row_scale, (w[i].y + row_offset) * row_scale);
+      a[i] = PackPair<T>((w[i].x + row_offset) * row_scale, (w[i].y + row_offset) * row_scale);
     }
   }
 }
 
 /// Multiplies one stage.
 template <class F, class T, int kRows, bool kOffsets>
-__device__ void MultiplyStage(const CudaGemmArgs& args, const char* stage, int warp, int lane,
+__device__ void MultiplyStage(const CudaGemmArgs& args, const Codebook<F>& codebook,
+                              const char* stage, int warp, int lane,
                               float (&sums)[kWarpTiles][kRows / 8][4]) {
   using Layout = Stage<F, kRows>;
   LaneCodes<F> codes[kWarpTiles];
@@ -202,7 +192,7 @@ __device__ void MultiplyStage(const CudaGemmArgs& args, const char* stage, int w
           scale = *reinterpret_cast<const __half2*>(stage + Layout::kScales + at);
         if constexpr (kOffsets)
           offset = *reinterpret_cast<const __half2*>(stage + Layout::kOffsets + at);
-        DecodeOperand<F, T, kOffsets>(codes[i], j, scale, offset, a[step][i]);
+        DecodeOperand<F, T, kOffsets>(codes[i], codebook, j, scale, offset, a[step][i]);
       }
     }
 #pragma unroll
@@ -241,6 +231,7 @@ __global__ void __launch_bounds__(kThreads, kRows >= 64 ? 3 : 4)
     CopyAsyncCommit();  // an empty group at the end, so that groups and k tiles stay in step
   };
 
+  const Codebook<F> codebook(args);
   float sums[kWarpTiles][kRows / 8][4] = {};
 #pragma unroll
   for (int k_tile = 0; k_tile < kDepth - 1; ++k_tile) load(k_tile);
@@ -248,8 +239,8 @@ __global__ void __launch_bounds__(kThreads, kRows >= 64 ? 3 : 4)
     CopyAsyncWait<kDepth - 2>();
     __syncthreads();  // k_tile has arrived for all; the stage of k_tile - 1 is free
     load(k_tile + kDepth - 1);
-    MultiplyStage<F, T, kRows, kOffsets>(args, shared + k_tile % kDepth * kStageBytes, warp, lane,
-                                         sums);
+    MultiplyStage<F, T, kRows, kOffsets>(args, codebook, shared + k_tile % kDepth * kStageBytes,
+                                         warp, lane, sums);
   }
   CopyAsyncWait<0>();
   __syncthreads();

@@ -67,6 +67,7 @@ CudaGemmArgs PackedGemm::Args(const Choice& choice) const {
   args.zero_offsets = weights_.zero_offsets();
   args.row_scales = weights_.row_scales();
   args.bias = weights_.bias();
+  args.codebook = weights_.codebook();
   args.tile_bytes = weights_.shape.tile_bytes;
   args.n = int(header.rows);
   args.k = int(header.k);

@@ -67,7 +67,7 @@ struct Shape {
 
 /// Random weights of a projection, and the tensors that hold them.
 struct Weights {
-  Tensor codes, scales, zero_points, bias;
+  Tensor codes, scales, zero_points, bias, codebook;
   Projection projection;
 
   explicit Weights(const Shape& s) {
@@ -101,6 +101,8 @@ struct Weights {
       zero_points = s.block ? Tensor(DType::kUint8, {s.experts, s.n, (groups * bits + 7) / 8}, byte)
                             : Tensor(DType::kUint8, {s.experts, (s.n * bits + 7) / 8}, byte);
     projection.zero_points = zero_points.view;
+    if (s.format->codebook) codebook = Tensor(DType::kFloat32, {int64_t(1) << bits}, Gauss);
+    projection.codebook = codebook.view;
     if (s.bias) bias = Tensor(DType::kFloat32, {s.experts, s.n}, Gauss);
     projection.bias = bias.view;
   }
@@ -111,6 +113,10 @@ inline std::vector<double> Dequantize(const RowReader& reader) {
   const int64_t k = reader.k(), block = reader.block_size() ? reader.block_size() : k;
   std::vector<uint8_t> codes(k);
   std::vector<float> scales(reader.groups()), offsets(reader.groups());
+  const auto value = [&](uint8_t code) {
+    return double(reader.codebook().empty() ? reader.format().centered[code]
+                                            : reader.codebook()[code]);
+  };
   std::vector<double> w;
   for (int64_t e = 0; e < reader.experts(); ++e) {
     for (int64_t row = 0; row < reader.rows(); ++row) {
@@ -118,8 +124,7 @@ inline std::vector<double> Dequantize(const RowReader& reader) {
       reader.Scales(e, row, scales.data());
       reader.ZeroOffsets(e, row, offsets.data());
       for (int64_t i = 0; i < k; ++i)
-        w.push_back((double(reader.format().centered[codes[i]]) + offsets[i / block]) *
-                    scales[i / block]);
+        w.push_back((value(codes[i]) + offsets[i / block]) * scales[i / block]);
     }
   }
   return w;

@@ -30,11 +30,19 @@ struct eight_bit_table : formats::FormatBase<eight_bit_table, 8> {
   static constexpr bool kZeroPoints = false;
   static float Decode(uint32_t code) { return (float(code) - 100.5f) * float(code % 7); }
 };
+struct four_bit_codebook : formats::FormatBase<four_bit_codebook, 4> {
+  static constexpr char kName[] = "test_book";
+  static constexpr float kDefaultZeroPoint = 0;
+  static constexpr bool kZeroPoints = false;
+  static constexpr bool kCodebook = true;
+  static float Decode(uint32_t) { return 0; }
+};
 const bool formats_registered = RegisterFormat(DescribeFormat<two_bits>()) &&
                                 RegisterFormat(DescribeFormat<four_bit_table>()) &&
+                                RegisterFormat(DescribeFormat<four_bit_codebook>()) &&
                                 RegisterFormat(DescribeFormat<eight_bit_table>());
 
-GemmArgs ArgsOf(const PackedWeights& w, const CpuGemm& gemm, int64_t expert) {
+GemmArgs ArgsOf(const PackedWeights& w, const CpuGemm& gemm, int64_t expert, float* table) {
   const int64_t tile = expert * w.shape.row_tiles;
   const int64_t scales =
       tile * std::max<int64_t>(w.shape.groups, 1) * 16 * int64_t(SizeOf(w.scale_dtype()));
@@ -49,7 +57,9 @@ GemmArgs ArgsOf(const PackedWeights& w, const CpuGemm& gemm, int64_t expert) {
   args.panels = w.shape.row_tiles;
   args.k_padded = w.shape.k_padded;
   args.block_size = w.header.block_size;
-  args.table = gemm.table;
+  const int codes = 1 << GetFormat(w.header.FormatName()).bits;
+  for (int i = 0; i < 256; ++i) table[i] = w.codebook() ? w.codebook()[i % codes] : gemm.table[i];
+  args.table = table;
   return args;
 }
 
@@ -72,7 +82,8 @@ void TestKernels(const Shape& shape) {
   for (const Kernel* kernel : CpuKernels(shape.format)) {
     const CpuGemm& gemm = *static_cast<const CpuGemm*>(kernel->launch);
     const std::string what = kernel->name + ": " + shape.Describe();
-    GemmArgs args = ArgsOf(packed, gemm, expert);
+    float table[256];
+    GemmArgs args = ArgsOf(packed, gemm, expert, table);
     std::vector<float> all(rows * columns), part(rows * columns);
     args.x = x.data();
     args.ldx = kp;

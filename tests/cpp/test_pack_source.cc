@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -36,6 +37,15 @@ void ExpectError(const std::function<void()>& body, const char* part) {
 }
 
 std::mt19937 rng(11);
+
+struct codebook : formats::FormatBase<codebook, 4> {
+  static constexpr char kName[] = "test_book";
+  static constexpr float kDefaultZeroPoint = 0;
+  static constexpr bool kZeroPoints = false;
+  static constexpr bool kCodebook = true;
+  static float Decode(uint32_t) { return 0; }
+};
+[[maybe_unused]] const bool registered = RegisterFormat(DescribeFormat<codebook>());
 
 /// A random projection that owns its tensors.
 struct Weights {
@@ -200,6 +210,48 @@ void TestMatMul() {
   ExpectError([&] { PackSource{permuted.Packed("B")}; }, "packed with a g_idx");
 }
 
+/// The model's values of the codes are in the bytes, wherever they were packed.
+void TestCodebook() {
+  Weights w("B", 1, 48, 64, 32);
+  const std::vector<float> values{-1.0f, -0.7f, -0.5f, -0.4f, -0.3f, -0.2f, -0.1f, 0.0f,
+                                  0.1f,  0.2f,  0.3f,  0.4f,  0.5f,  0.6f,  0.7f,  1.1f};
+  Projection& p = w.projection;
+  p.format = &GetFormat("test_book");
+  ExpectError([&] { RowReader{p}; }, "B has zero points");
+  p.zero_points = {};
+  ExpectError([&] { RowReader{p}; }, "B has no codebook, but format test_book needs one");
+  p.codebook = {values.data(), DType::kFloat32, {15}, true};
+  ExpectError([&] { RowReader{p}; }, "must be a float tensor of shape [16]");
+  p.codebook.shape = {16};
+  for (const PackTarget& target : {kCpu, kCuda16}) {
+    const Bytes whole = PackedBytes(RowReader(p), false, target);
+    const PackedWeights packed = LoadPacked(whole.begin, whole.size);
+    EXPECT(packed.codebook() && std::equal(values.begin(), values.end(), packed.codebook()),
+           "codebook in the bytes");
+    // The same by pieces, as for an upload.
+    std::vector<uint8_t> pieces(whole.size);
+    Pack(RowReader(p), packed.header,
+         {.base = nullptr, .write = [&](size_t at, const uint8_t* from, size_t size) {
+            std::memcpy(&pieces[at], from, size);
+          }});
+    EXPECT(std::memcmp(&pieces[packed.shape.codes], packed.codes(),
+                       size_t(packed.shape.row_tiles * packed.shape.tile_bytes)) == 0 &&
+               std::memcmp(&pieces[packed.shape.codebook], values.data(), 64) == 0,
+           "pieces differ from the whole");
+  }
+  Projection other = p;
+  other.format = &GetFormat("int4");
+  ExpectError([&] { RowReader{other}; }, "a codebook, which format int4 does not take");
+  std::vector<float> bad = values;
+  bad[3] = std::numeric_limits<float>::infinity();
+  p.codebook.data = bad.data();
+  ExpectError([&] { RowReader{p}; }, "gives code 3 the value inf");
+  bad[3] = 0.25f;
+  other = p;
+  other.codebook.data = values.data();
+  ExpectError([&] { RowReader(other, p); }, "another codebook than the gates");
+}
+
 /// One upload for CUDA, and refusals that need no GPU.
 void TestForCuda() {
   const Weights w("fc2", 3, 40, 64, 32);
@@ -268,6 +320,7 @@ void TestDamage() {
 int Main() {
   TestMoe();
   TestMatMul();
+  TestCodebook();
   TestForCuda();
   TestDamage();
   std::printf("%d checks, %d failures\n", checks, failures);
