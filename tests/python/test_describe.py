@@ -11,6 +11,12 @@ from onnx import helper
 from qmoe_plugin.graph.describe import UnsupportedError, describe
 
 
+@pytest.fixture(autouse=True)
+def newest_onnxruntime(monkeypatch):
+    """Nothing is run here; an old onnxruntime would only lack types."""
+    monkeypatch.setattr("onnxruntime.__version__", "1.31.1")
+
+
 def model_of(case, attributes=(), tensors=()):
     """The case's model in com.microsoft, with attributes (None = removed) and tensors replaced."""
     model = case.model({**case.tensors(), **dict(tensors)}, "com.microsoft")
@@ -318,6 +324,12 @@ def test_refuses_a_node_without_its_weights():
     model = qmoe_model()
     model.graph.node[0].input[2] = ""
     assert "fc1 weights (input 2) is missing" in refusal(model)
+
+
+def test_float8e8m0_needs_an_onnxruntime_that_has_it(monkeypatch):
+    monkeypatch.setattr("onnxruntime.__version__", "1.26.0")
+    assert "onnxruntime has this type since 1.27, this is 1.26.0" in refusal(Blank("fp4").model())
+    assert describe_model(Blank("fp4", scales="uint8").model())
 
 
 # --- constants -----------------------------------------------------------------------------------
