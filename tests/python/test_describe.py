@@ -205,11 +205,16 @@ def test_quant_types(blank, formats, block_size):
         (Blank("fp4"), {}, {"fc1_global_scale": f32(1)}, "must be float32 of shape [4]"),
         (Blank("fp4", gate="fc3"), {}, {}, "there is no input for that of fc3"),
         (Blank("fp8", gate="fc3", block_size=0), {}, {}, "there is no input for that of fc3"),
-        (Blank("fp4", scales="float16"), {}, {}, "Qwen3.5-MoE with moe_quant_type=mxfp4"),
+        (
+            Blank("fp4", scales="float16"),
+            {},
+            {"fc1_global_scale": None, "fc2_global_scale": None},
+            "Qwen3.5-MoE with moe_quant_type=mxfp4",
+        ),
         (Blank("fp4", scales="float8e4m3fn"), {}, {}, "must be one of float8e8m0, uint8"),
         (Blank("nvfp4", scales="uint8"), {}, {}, "must be one of float8e4m3fn for"),
         (Blank("fp8", scales="float8e8m0"), {}, {}, "must be one of float, float16, bfloat16"),
-        (Blank("fp8"), {"block_size": None}, {}, "input 15, a global scale, is missing"),
+        (Blank("fp8"), {"block_size": None}, {}, "has a factor an expert and no other scales"),
         (
             Blank("fp8", block_size=0),
             {},
