@@ -4,6 +4,7 @@
 namespace qmoe_plugin {
 
 inline constexpr char kDomain[] = "qmoe_plugin";
+inline constexpr char kStockDomain[] = "com.microsoft";
 inline constexpr char kQMoeOpName[] = "QMoE";
 inline constexpr char kMatMulNBitsOpName[] = "MatMulNBits";
 

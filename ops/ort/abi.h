@@ -123,6 +123,10 @@ using ReleaseStatus = Slot<93, void(OrtStatus*)>;
 using CreateCustomOpDomain = Slot<26, OrtStatus*(const char* domain, OrtCustomOpDomain** out)>;
 using CustomOpDomain_Add = Slot<27, OrtStatus*(OrtCustomOpDomain*, const OrtCustomOp*)>;
 using AddCustomOpDomain = Slot<28, OrtStatus*(OrtSessionOptions*, OrtCustomOpDomain*)>;
+using HasSessionConfigEntry =
+    Slot<237, OrtStatus*(const OrtSessionOptions*, const char* key, int* out)>;
+using GetSessionConfigEntry =
+    Slot<238, OrtStatus*(const OrtSessionOptions*, const char* key, char* out, size_t* size)>;
 
 // Values
 using IsTensor = Slot<50, OrtStatus*(const OrtValue*, int* out)>;

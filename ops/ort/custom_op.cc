@@ -1,6 +1,7 @@
 #include "ops/ort/custom_op.h"
 
 #include <limits>
+#include <string_view>
 
 #include "ops/domain.h"
 #include "ops/ort/infer_shape.h"
@@ -22,11 +23,14 @@ struct KernelHandle {
 
 OrtStatus* MakeKernel(const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo* info, void** out) {
   const CustomOp& self = Self(op);
-  std::string subject = std::string(kDomain) + "." + self.spec().name + ": ";
+  const std::string op_name = Concat(self.domain(), ".", self.spec().name);
+  std::string subject = op_name + ": ";
   return Guard(self.api(), subject, [&] {
     const NodeInfo node(self, info);
     // The name goes into `subject`, so that a failure below carries it.
-    subject = std::string(kDomain) + "." + self.spec().name + " node '" + node.name() + "': ";
+    subject =
+        Concat(op_name, " node '", node.name(), "'",
+               std::string_view(self.domain()) == kDomain ? "" : " (run by qmoe_plugin)", ": ");
     auto handle =
         std::make_unique<KernelHandle>(KernelHandle{self.api(), subject, nullptr, nullptr});
     handle->memory = std::make_unique<RunMemory>(self.api(), node.device());
@@ -90,9 +94,15 @@ size_t MayInplace(int** input_index, int** output_index) {
 
 }  // namespace
 
-CustomOp::CustomOp(Api api, uint32_t version, const OpSpec& spec, DeviceType device, DType dtype,
-                   DType scales)
-    : OrtCustomOp{}, api_(api), spec_(spec), device_(device), dtype_(dtype), scales_(scales) {
+CustomOp::CustomOp(Api api, uint32_t version, const char* domain, const OpSpec& spec,
+                   DeviceType device, DType dtype, DType scales)
+    : OrtCustomOp{},
+      api_(api),
+      domain_(domain),
+      spec_(spec),
+      device_(device),
+      dtype_(dtype),
+      scales_(scales) {
   this->version = version;
   GetName = [](const OrtCustomOp* op) { return Self(op).spec().name; };
   GetExecutionProviderType = [](const OrtCustomOp* op) {

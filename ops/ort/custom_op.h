@@ -57,12 +57,13 @@ const OpSpec& MatMulNBitsOp();  // matmul_nbits_op.cc
 
 class CustomOp : public OrtCustomOp {
  public:
-  /// `version` is the API version that the runtime and we agree on; `scales` is the type of scales,
-  /// for an op that has inputs marked so.
-  CustomOp(Api api, uint32_t version, const OpSpec& spec, DeviceType device, DType dtype,
-           DType scales);
+  /// `version` is the API version that the runtime and we agree on; `domain` the one that the object
+  /// is added to; `scales` the type of scales, for an op that has inputs marked so.
+  CustomOp(Api api, uint32_t version, const char* domain, const OpSpec& spec, DeviceType device,
+           DType dtype, DType scales);
 
   const Api& api() const { return api_; }
+  const char* domain() const { return domain_; }
   const OpSpec& spec() const { return spec_; }
   DeviceType device() const { return device_; }
   DType dtype() const { return dtype_; }
@@ -70,6 +71,7 @@ class CustomOp : public OrtCustomOp {
 
  private:
   Api api_;
+  const char* domain_;
   const OpSpec& spec_;
   DeviceType device_;
   DType dtype_;

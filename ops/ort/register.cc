@@ -1,4 +1,8 @@
 // The entry point: ONNX Runtime loads the library, finds RegisterCustomOps by name and calls it.
+//
+// Our ops are registered in our own domain. With the session's config entry kOverrideKey they are
+// registered in com.microsoft, too, where they take the place of ONNX Runtime's ops of these names:
+// all of them, as a domain has one op of a name, so a node that we refuse fails the session.
 #include <algorithm>
 #include <cstdio>
 #include <deque>
@@ -12,10 +16,13 @@
 namespace qmoe_plugin::ort {
 namespace {
 
-/// The ops as one runtime knows them. ONNX Runtime keeps pointers to the objects and frees none, so
+constexpr char kOverrideKey[] = "qmoe_plugin.override_com_microsoft";
+
+/// The ops of one domain as one runtime knows them. ONNX Runtime keeps pointers to the objects and frees none, so
 /// they live for ever, and all sessions of a runtime share them.
 struct Registration {
   const OrtApi* table;
+  const char* name;          // kDomain or kStockDomain
   std::deque<CustomOp> ops;  // a deque never moves its elements
   OrtCustomOpDomain* domain = nullptr;
 };
@@ -45,22 +52,23 @@ void AddOps(Registration& registration, uint32_t version) {
       if (device == DeviceType::kCuda && !BuiltWithCuda()) continue;
       for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
         for (const DType scales : ScaleTypes(*spec, version))
-          registration.ops.emplace_back(api, version, *spec, device, dtype, scales);
+          registration.ops.emplace_back(api, version, registration.name, *spec, device, dtype,
+                                        scales);
     }
   }
-  api.Call<slot::CreateCustomOpDomain>(kDomain, &registration.domain);
+  api.Call<slot::CreateCustomOpDomain>(registration.name, &registration.domain);
   for (const CustomOp& op : registration.ops)
     api.Call<slot::CustomOpDomain_Add>(registration.domain, static_cast<const OrtCustomOp*>(&op));
 }
 
-/// The domain of the runtime that owns `table`; made at its first use.
-OrtCustomOpDomain* DomainFor(const OrtApi* table, uint32_t version) {
+/// The domain of that name in the runtime that owns `table`; made at its first use.
+OrtCustomOpDomain* DomainFor(const OrtApi* table, uint32_t version, const char* name) {
   static std::mutex mutex;
   static auto& registrations = *new std::deque<Registration>;
   const std::lock_guard lock(mutex);
   for (const Registration& registration : registrations)
-    if (registration.table == table) return registration.domain;
-  registrations.push_back({table, {}, nullptr});
+    if (registration.table == table && registration.name == name) return registration.domain;
+  registrations.push_back({table, name, {}, nullptr});
   try {
     AddOps(registrations.back(), version);
   } catch (...) {
@@ -68,6 +76,17 @@ OrtCustomOpDomain* DomainFor(const OrtApi* table, uint32_t version) {
     throw;
   }
   return registrations.back().domain;
+}
+
+/// Whether the session wants our ops in com.microsoft.
+bool WantsOverride(const Api& api, const OrtSessionOptions* options) {
+  int given = 0;
+  api.Call<slot::HasSessionConfigEntry>(options, kOverrideKey, &given);
+  if (!given) return false;
+  const std::string value = api.String<slot::GetSessionConfigEntry>(options, kOverrideKey);
+  QMOE_REQUIRE(value == "0" || value == "1", "session config entry ", kOverrideKey, " is \"", value,
+               "\"; it must be \"0\" or \"1\"");
+  return value == "1";
 }
 
 }  // namespace
@@ -91,6 +110,10 @@ extern "C" __attribute__((visibility("default"))) qmoe_plugin::ort::OrtStatus* R
                       kLowestApiVersion,
                       " or newer is needed; upgrade onnxruntime or onnxruntime-gpu");
     }
-    Api(table).Call<slot::AddCustomOpDomain>(options, DomainFor(table, version));
+    const Api api(table);
+    const bool override = WantsOverride(api, options);
+    api.Call<slot::AddCustomOpDomain>(options, DomainFor(table, version, kDomain));
+    if (override)
+      api.Call<slot::AddCustomOpDomain>(options, DomainFor(table, version, kStockDomain));
   });
 }

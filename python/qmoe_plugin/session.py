@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from qmoe_plugin import override as overriding
 from qmoe_plugin import wheels
 from qmoe_plugin.devices import CPU, CPU_PROVIDER, CUDA_PROVIDER, Target, best_target, cuda_problem
 from qmoe_plugin.graph.apply import apply, load, serialize
@@ -30,7 +31,7 @@ Providers = Sequence[str | tuple[str, dict[str, Any]]]
 
 _FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 
-_registered: weakref.WeakSet[Any] = weakref.WeakSet()
+_registered: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # overriding?
 _registered_lock = threading.Lock()
 _shared_options = threading.Lock()
 
@@ -42,6 +43,7 @@ def session(
     provider_options: Sequence[Mapping[str, Any]] | None = None,
     *,
     external_data_dir: str | os.PathLike[str] | None = None,
+    override: bool = False,
     **kwargs: object,
 ) -> onnxruntime.InferenceSession:
     """Opens a model with its QMoE and MatMulNBits nodes run by our kernels.
@@ -62,6 +64,9 @@ def session(
         provider_options: As for onnxruntime.InferenceSession.
         external_data_dir: Folder of the files with external data, for a model given as bytes or
             onnx.ModelProto; the others know it.
+        override: Leave the model as it is, and put our ops in the place of com.microsoft's. Then
+            every QMoE and MatMulNBits node is ours, those too that ONNX Runtime's optimizer makes,
+            and one that we cannot run fails the session.
         **kwargs: More arguments of onnxruntime.InferenceSession. `enable_fallback` is 0 here unless
             given: a failure on the GPU is reported, not hidden by a slow session on the CPU.
 
@@ -75,8 +80,14 @@ def session(
         if best_target() != CPU:
             providers.insert(0, CUDA_PROVIDER)
     target = _target(providers, provider_options)
-    content, folder = _prepare(model, target, external_data_dir, options)
-    _register(options)
+    if override and target.device == "CUDA" and not target.sm:
+        raise RuntimeError(
+            f"override would move nodes from {CUDA_PROVIDER} to the CPU, as our kernels cannot run "
+            f"there: {cuda_problem(0)}"
+        )
+    change = None if override else Retarget(target)
+    content, folder = _prepare(model, change, external_data_dir, options)
+    _register(options, override)
     kwargs.setdefault("enable_fallback", 0)
     with _external_data_folder(options, folder, ours=sess_options is None):
         try:
@@ -99,20 +110,29 @@ def session(
     return made
 
 
-def register(sess_options: onnxruntime.SessionOptions) -> None:
+def register(sess_options: onnxruntime.SessionOptions, *, override: bool = False) -> None:
     """Registers our library, so that sessions made with these options know our ops.
 
     Registering again with the same options does nothing.
 
+    Args:
+        sess_options: The options.
+        override: Put our ops in the place of com.microsoft's, too. See `session`.
+
     Raises:
-        RuntimeError: If this onnxruntime is too old.
+        RuntimeError: If this onnxruntime is too old, or, with `override`, newer than we know.
     """
-    _register(sess_options)
+    _register(sess_options, override)
 
 
-def _register(sess_options: onnxruntime.SessionOptions) -> None:
+def _register(sess_options: onnxruntime.SessionOptions, override: bool) -> None:
     with _registered_lock:
         if sess_options in _registered:
+            if _registered[sess_options] != override:
+                raise RuntimeError(
+                    "our library was registered with these SessionOptions before, "
+                    f"{'without' if override else 'with'} override; use new ones"
+                )
             return
         problem = runtime_problem()
         if problem:
@@ -120,8 +140,11 @@ def _register(sess_options: onnxruntime.SessionOptions) -> None:
         problem = wheels.conflict()
         if problem:
             warnings.warn(problem, RuntimeWarning, stacklevel=3)
+        if override:
+            overriding.check_override()
+            sess_options.add_session_config_entry(overriding.CONFIG_KEY, "1")
         sess_options.register_custom_ops_library(get_library_path())
-        _registered.add(sess_options)
+        _registered[sess_options] = override
 
 
 def runtime_problem() -> str:
@@ -168,16 +191,18 @@ def _cuda_index(
 
 def _prepare(
     model: str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model,
-    target: Target,
+    change: Retarget | None,
     external_data_dir: str | os.PathLike[str] | None,
     options: onnxruntime.SessionOptions,
 ) -> tuple[str | bytes, Path | None]:
-    """What to hand to onnxruntime: a path, or a retargeted model with the folder of its data."""
+    """What to hand to onnxruntime: a path, or a changed model with the folder of its data."""
     folder = None if external_data_dir is None else Path(external_data_dir)
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
+        if change is None and folder is None:
+            return str(path), None
         proto = load(path)
-        if not apply(Retarget(target), proto).moved and folder is None:
+        if not (change and apply(change, proto).moved) and folder is None:
             return str(path), None
         return serialize(proto), folder or path.parent.resolve()
     if isinstance(model, bytes):
@@ -200,7 +225,8 @@ def _prepare(
                 f"the model keeps '{external.name}' in the file '{external.location}', and does "
                 "not say in which folder; give external_data_dir, or the path of the model"
             )
-    apply(Retarget(target), proto)
+    if change is not None:
+        apply(change, proto)
     return serialize(proto), folder
 
 

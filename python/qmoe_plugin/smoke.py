@@ -99,6 +99,8 @@ def _matmul_nbits(rng: np.random.Generator, dtype: str) -> Case:
     fmt = formats.get(_FORMAT)
     weights = rng.normal(scale=_HIDDEN**-0.5, size=(_INTER, _HIDDEN))
     quantized = fmt.quantize(weights, _BLOCK, scale_dtype=dtype)
+    if quantized.scales is None:
+        raise AssertionError(f"{_FORMAT} has no scales")
     b = quantized.codes.reshape(_INTER, fmt.groups(_HIDDEN, _BLOCK), -1)
     bias = rng.normal(scale=0.1, size=_INTER).astype(dtype)
     attributes: dict[str, Any] = {"K": _HIDDEN, "N": _INTER, "block_size": _BLOCK, "bits": fmt.bits}

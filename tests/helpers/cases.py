@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from helpers.dtypes import numpy_dtype
-from helpers.layouts import stored
+from helpers.layouts import in_layout
 from helpers.models import ACTIVATION_INPUTS, DOMAIN, one_node_model
 from helpers.weights import Tensors, random_weights, typed
 from qmoe_plugin import formats, reference
@@ -224,15 +224,12 @@ class QMoECase:
 
     def stored(self, tensors: Tensors) -> Tensors:
         """The tensors with the weights in the case's layout."""
-        weights = {name: t for name, t in tensors.items() if name.endswith("experts_weights")}
-        if self.layout == "raw":
-            return tensors
-        return tensors | {
-            name: stored(
-                tensor, reference.projection_format(self.attributes(), name[:3]).bits, self.layout
-            )
-            for name, tensor in weights.items()
-        }
+        moved = {}
+        for name in tensors:
+            if name.endswith("experts_weights") and self.layout != "raw":
+                fmt = reference.projection_format(self.attributes(), name[:3])
+                moved[name] = in_layout(tensors[name], fmt.bits, self.layout)
+        return tensors | moved
 
     def expected(self, tensors: Tensors) -> np.ndarray:
         """What the oracle says, float64."""
@@ -365,12 +362,18 @@ class MatMulNBitsCase:
         return tensors
 
     def model(self, tensors: Tensors, domain: str = DOMAIN) -> onnx.ModelProto:
+        stored = self.stored(tensors)
+        return one_node_model("MatMulNBits", stored, self.attributes(), domain=domain)
+
+    def stored(self, tensors: Tensors) -> Tensors:
+        """The tensors with B in the case's layout; its shape stays that of the raw one."""
         b = tensors["B"]
-        raw = b.reshape(self.n, -1)  # of whole blocks, where the layout is not the raw one
-        moved = stored(raw, formats.get(self.format).bits, self.layout).reshape(b.shape)
-        return one_node_model(
-            "MatMulNBits", tensors | {"B": moved}, self.attributes(), domain=domain
-        )
+        if self.layout == "raw":
+            return tensors
+        rows = b.reshape(self.n, -1)
+        return tensors | {
+            "B": in_layout(rows, formats.get(self.format).bits, self.layout).reshape(b.shape)
+        }
 
     def expected(self, tensors: Tensors) -> np.ndarray:
         """What the oracle says, float64."""

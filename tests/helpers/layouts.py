@@ -56,7 +56,7 @@ def _sources(n: int, k: int, bits: int, interleaved: bool) -> tuple[np.ndarray, 
     return np.broadcast_to(row, column.shape).reshape(-1), column.reshape(-1)
 
 
-def stored(packed: np.ndarray, bits: int, layout: str) -> np.ndarray:
+def in_layout(packed: np.ndarray, bits: int, layout: str) -> np.ndarray:
     """Raw weights in a layout."""
     match layout:
         case "raw":

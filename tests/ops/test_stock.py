@@ -25,7 +25,8 @@ M, Q = MatMulNBitsCase, QMoECase
 def stock_result(case: Case, tensors: Tensors, device: str, **attributes: object) -> np.ndarray:
     """What the stock op makes of a case; `attributes` replace some of the node's."""
     merged = {**case.attributes(), **attributes}
-    model = one_node_model(case.op_type, tensors, merged, domain=STOCK_DOMAIN)
+    merged.pop("weights_layout", None)  # ours
+    model = one_node_model(case.op_type, case.stored(tensors), merged, domain=STOCK_DOMAIN)
     return run(open_session(model, device, register=False), feeds_of(tensors))
 
 
@@ -114,6 +115,33 @@ CUDA_AGREEMENTS = (
         for dtype in ("float16", "bfloat16")
         for m in (1, 7, 64)
         for options in ({}, {"format": "int8"}, {"zero_points": "packed"}, {"zero_points": "typed"})
+    ]
+    + [
+        Q(name, dtype=dtype, layout=layout, hidden=128, inter=192, experts=8, k=3, **options)
+        for name, layout in (
+            ("int4", "fpa_intb"),
+            ("int8", "fpa_intb"),
+            ("mxfp4", "k_major"),
+            ("nvfp4", "k_major"),
+        )
+        for dtype in ("float16", "bfloat16")
+        for options in (
+            {"tokens": 1},
+            {"tokens": 40},
+            {"tokens": 5, "activation": "silu", "fusion": 0},
+            {"tokens": 5, "bias": False, "signs": False, "alpha": 1.702, "beta": 1.0, "limit": 7.0},
+        )
+    ]
+    + [
+        Q(one, dtype="float16", hidden=128, inter=192, experts=8, k=3, tokens=t, fc2_format=other)
+        for one, other in (("int2", "int2"), ("int2", "int4"), ("int4", "int2"))
+        for t in (1, 20)
+    ]
+    + [
+        M(name, dtype=dtype, layout="fpa_intb", m=m, n=128, k=256, bias=False)
+        for name in ("int4", "int8")
+        for dtype in ("float16", "bfloat16")
+        for m in (1, 40)
     ]
 )
 
@@ -303,6 +331,27 @@ DISAGREEMENTS = [
         refuses=".",
         device="cuda",
     ),
+    *[
+        Disagreement(
+            f"{name} on CUDA",
+            "the released wheel is built without it",
+            Q(fmt, dtype="float16", hidden=128, inter=128, quant_type=quant_type),
+            refuses="USE_FP8_QMOE",
+            device="cuda",
+        )
+        for name, fmt, quant_type in (("fp8", "fp8_e4m3", None), ("wfp4afp8", "mxfp4", "wfp4afp8"))
+    ],
+    Disagreement(
+        "prepacked weights on the CPU",
+        "the CPU op reads them as raw ones",
+        Q(layout="fpa_intb", hidden=128, inter=128, activation="silu", fusion=0),
+    ),
+    Disagreement(
+        "int2",
+        "the CPU op quantises activations to int8",
+        Q("int2", block_size=32, hidden=128, inter=128),
+        least=5e-4,
+    ),
     Disagreement(
         "hidden_size 96 on CUDA",
         "the CUDA op wants multiples of 64",
@@ -344,9 +393,8 @@ def test_known_disagreements(entry: Disagreement, request: pytest.FixtureRequest
             f"stock onnxruntime {ort.__version__} has become right: {error:.2g}"
         )
 
-    model = one_node_model(
-        case.op_type, tensors, {**case.attributes(), **entry.attributes}, domain=DOMAIN
-    )
+    merged = {**case.attributes(), **entry.attributes}
+    model = one_node_model(case.op_type, case.stored(tensors), merged, domain=DOMAIN)
     if entry.we_refuse:
         with pytest.raises(Exception, match=entry.we_refuse):
             open_session(model, entry.device)

@@ -11,6 +11,12 @@ from onnx import helper
 from qmoe_plugin.graph.describe import UnsupportedError, describe
 
 
+@pytest.fixture(autouse=True)
+def newest_onnxruntime(monkeypatch):
+    """Nothing is run here; an old onnxruntime would only lack types."""
+    monkeypatch.setattr("onnxruntime.__version__", "1.31.1")
+
+
 def model_of(case, attributes=(), tensors=()):
     """The case's model in com.microsoft, with attributes (None = removed) and tensors replaced."""
     model = case.model({**case.tensors(), **dict(tensors)}, "com.microsoft")
@@ -199,11 +205,16 @@ def test_quant_types(blank, formats, block_size):
         (Blank("fp4"), {}, {"fc1_global_scale": f32(1)}, "must be float32 of shape [4]"),
         (Blank("fp4", gate="fc3"), {}, {}, "there is no input for that of fc3"),
         (Blank("fp8", gate="fc3", block_size=0), {}, {}, "there is no input for that of fc3"),
-        (Blank("fp4", scales="float16"), {}, {}, "Qwen3.5-MoE with moe_quant_type=mxfp4"),
+        (
+            Blank("fp4", scales="float16"),
+            {},
+            {"fc1_global_scale": None, "fc2_global_scale": None},
+            "Qwen3.5-MoE with moe_quant_type=mxfp4",
+        ),
         (Blank("fp4", scales="float8e4m3fn"), {}, {}, "must be one of float8e8m0, uint8"),
         (Blank("nvfp4", scales="uint8"), {}, {}, "must be one of float8e4m3fn for"),
         (Blank("fp8", scales="float8e8m0"), {}, {}, "must be one of float, float16, bfloat16"),
-        (Blank("fp8"), {"block_size": None}, {}, "input 15, a global scale, is missing"),
+        (Blank("fp8"), {"block_size": None}, {}, "has a factor an expert and no other scales"),
         (
             Blank("fp8", block_size=0),
             {},
@@ -318,6 +329,12 @@ def test_refuses_a_node_without_its_weights():
     model = qmoe_model()
     model.graph.node[0].input[2] = ""
     assert "fc1 weights (input 2) is missing" in refusal(model)
+
+
+def test_float8e8m0_needs_an_onnxruntime_that_has_it(monkeypatch):
+    monkeypatch.setattr("onnxruntime.__version__", "1.26.0")
+    assert "onnxruntime has this type since 1.27, this is 1.26.0" in refusal(Blank("fp4").model())
+    assert describe_model(Blank("fp4", scales="uint8").model())
 
 
 # --- constants -----------------------------------------------------------------------------------

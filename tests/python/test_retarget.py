@@ -71,9 +71,9 @@ def test_moves_a_node_writes_down_what_it_decided_and_back(stated):
     ("blank", "attribute", "value"),
     [
         (Blank(hidden=128, inter=64, layout="transposed"), "weights_prepacked", 1),
-        (Blank("fp4"), "weights_layout", b"raw"),
+        (Blank("fp4", scales="uint8"), "weights_layout", b"raw"),
         (Blank("nvfp4", layout="transposed"), "weights_layout", b"k_major"),
-        (Blank("wfp4afp8", layout="transposed"), "weights_layout", b"k_major"),
+        (Blank("wfp4afp8", scales="uint8", layout="transposed"), "weights_layout", b"k_major"),
         (Blank("fp8"), None, None),
         (Blank("fp8", block_size=0), None, None),
     ],
@@ -95,7 +95,7 @@ def test_every_layout_is_written_down_and_taken_back(blank, attribute, value):
 
 
 def test_a_layout_that_the_user_wrote_keeps_the_node_from_com_microsoft():
-    model = Blank("fp4").model(STOCK, {"weights_layout": ""})
+    model = Blank("nvfp4").model(STOCK, {"weights_layout": ""})
     qmoe_plugin.retarget(model, sm=0)
     assert attributes_of(model.graph.node[0])["weights_layout"] == b"raw"
     report = qmoe_plugin.unretarget(model)

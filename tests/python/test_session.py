@@ -168,7 +168,7 @@ import qmoe_plugin
 from importlib import import_module
 session = import_module("qmoe_plugin.session")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-content, folder = session._prepare(sys.argv[1], session.CPU, None, None)
+content, folder = session._prepare(sys.argv[1], session.Retarget(session.CPU), None, None)
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert len(content) < 10_000, len(content)
 print(grown)

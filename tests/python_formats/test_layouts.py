@@ -41,10 +41,10 @@ def test_k_major(n: int, k: int) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_layout_is_a_permutation(bits: int, layout: str) -> None:
     raw = np.stack([random_codes(64, 128, bits), random_codes(64, 128, bits)[::-1]])
-    stored = layouts.stored(raw, bits, layout)
+    stored = layouts.in_layout(raw, bits, layout)
     assert stored.shape == ((2, 64, 16 * bits) if layout == "raw" else (2, 128, 8 * bits))
     for before, after in zip(raw, stored, strict=True):
         codes, moved = (formats.unpack(a.reshape(-1), bits, 64 * 128) for a in (before, after))
         assert np.bincount(codes).tolist() == np.bincount(moved).tolist()
     with pytest.raises(ValueError, match="unknown layout: tiled"):
-        layouts.stored(raw, bits, "tiled")
+        layouts.in_layout(raw, bits, "tiled")

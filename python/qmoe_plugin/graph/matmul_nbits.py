@@ -25,6 +25,9 @@ from qmoe_plugin.kernels import Problem
 STOCK_ATTRIBUTES = ("K", "N", "accuracy_level", "bits", "block_size", "weight_prepacked")
 """The attributes of com.microsoft MatMulNBits in onnxruntime 1.31.1."""
 
+STOCK_INPUTS = ("A", "B", "scales", "zero_points", "g_idx", "bias")
+"""Its inputs there."""
+
 
 def describe_matmul_nbits(node: ir.Node) -> Description:
     """Describes a MatMulNBits node.

@@ -42,12 +42,36 @@ STOCK_ATTRIBUTES = (
 )
 """The attributes of com.microsoft QMoE in onnxruntime 1.31.1."""
 
+STOCK_INPUTS = (
+    "input",
+    "router_probs",
+    "fc1_experts_weights",
+    "fc1_scales",
+    "fc1_experts_bias",
+    "fc2_experts_weights",
+    "fc2_scales",
+    "fc2_experts_bias",
+    "fc3_experts_weights",
+    "fc3_scales",
+    "fc3_experts_bias",
+    "fc1_zero_points",
+    "fc2_zero_points",
+    "fc3_zero_points",
+    "router_weights",
+    "fc1_global_scale",
+    "fc2_global_scale",
+    "fc1_act_scale",
+    "fc2_act_scale",
+    "fc1_act_block_scale",
+    "fc2_act_block_scale",
+)
+"""Its inputs there."""
+
 _ACTIVATIONS = ("identity", "relu", "gelu", "silu", "swiglu", "geglu")
 _GATED = ("swiglu", "geglu")
 
 # Input numbers of weights, scales, bias and zero points.
 _INPUTS = {"fc1": (2, 3, 4, 11), "fc2": (5, 6, 7, 12), "fc3": (8, 9, 10, 13)}
-_INPUT_COUNT = 21
 _MAX_EXPERTS = 1024
 
 
@@ -58,9 +82,9 @@ def describe_qmoe(node: ir.Node) -> Description:
         UnsupportedError: If our op cannot run it.
     """
     known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE))
-    for index in range(_INPUT_COUNT, len(node.inputs)):
+    for index in range(len(STOCK_INPUTS), len(node.inputs)):
         if given(node, index):
-            raise UnsupportedError(f"input {index} is given, but the op has {_INPUT_COUNT}")
+            raise UnsupportedError(f"input {index} is given, but the op has {len(STOCK_INPUTS)}")
     has_fc3 = _has_fc3(node)
     activation = _activation(node, has_fc3)
     plan = plan_scales(node, has_fc3=has_fc3)

@@ -12,11 +12,14 @@ import onnx_ir as ir
 from qmoe_plugin import formats
 from qmoe_plugin.graph.describe import UnsupportedError
 from qmoe_plugin.graph.inputs import FLOATS, Constant, constant, given, has, integer, string
+from qmoe_plugin.library import runtime, runtime_minor
 
 GLOBAL_SCALES = {"fc1": 15, "fc2": 16}
 """Input numbers of the factors an expert."""
 
 _ACT_SCALES, _ACT_BLOCK_SCALES = (17, 18), (19, 20)
+
+_E8M0_SINCE = 27
 
 _SCALE_TYPES = {
     "float": FLOATS,
@@ -114,6 +117,11 @@ def check_scales(plan: ScalePlan, scales: Constant | None, name: str) -> None:
         names = ", ".join(dtype.name.lower() for dtype in allowed)
         raise UnsupportedError(
             f"{scales} must be one of {names} for quant_type '{plan.quant_type}'"
+        )
+    if scales.dtype is ir.DataType.FLOAT8E8M0 and runtime_minor() < _E8M0_SINCE:
+        raise UnsupportedError(
+            f"{scales}: onnxruntime has this type since 1.{_E8M0_SINCE}, this is "
+            f"{runtime().__version__}; upgrade it, or store the scales as uint8"
         )
     if len(scales.shape) not in (2, 3) or 0 in scales.shape:
         raise UnsupportedError(
