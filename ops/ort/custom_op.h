@@ -5,8 +5,8 @@
 // take any type and are checked by us when the kernel is made.
 //
 // ONNX Runtime's "any type" leaves out uint2, int2 and float8e8m0, and holds for an input as soon
-// as one object says so. Scales that may be float8e8m0 are therefore declared in each of their types,
-// by one object for each; all scales of a node then have the same type, as in com.microsoft.
+// as one object says so. Scales that may be float8e8m0 are therefore declared in each of their
+// types, by one object for each; all scales of a node then have the same type, as in com.microsoft.
 #pragma once
 
 #include <cstddef>

@@ -3,8 +3,8 @@
 // All projections of a node share one layout, and only one with N != K shows it by its shape:
 //
 //   raw        [E, N, K * bits / 8]   any quant_type
-//   fpa_intb   [E, K, N * bits / 8]   "int" of 4 and 8 bits, prepacked for onnxruntime's CUDA kernels
-//   k_major    [E, K, N * bits / 8]   the 4-bit floats, as onnxruntime's CUDA kernels want them
+//   fpa_intb   [E, K, N * bits / 8]   "int" of 4 and 8 bits, prepacked for the stock CUDA op
+//   k_major    [E, K, N * bits / 8]   the 4-bit floats, as the stock CUDA op wants them
 //
 // The first of these rules that says something counts:
 //   1. weights_layout, an attribute of ours, names one of the three;
