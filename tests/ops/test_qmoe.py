@@ -268,7 +268,10 @@ def test_options(case: QMoECase, dtype: str, device: str) -> None:
 
 
 REAL_LAYERS = [  # with fewer experts: what a token goes through is of full size
-    Case(hidden=2880, inter=2880, experts=4, k=2, alpha=1.702, beta=1.0, limit=7.0),  # gpt-oss
+    Case(hidden=2880, inter=2880, experts=2, k=2, alpha=1.702, beta=1.0, limit=7.0),  # gpt-oss
+    Case("mxfp4", hidden=2880, inter=2880, experts=2, k=1, alpha=1.702, beta=1.0, limit=7.0),
+    Case("mxfp4", hidden=2880, inter=2880, experts=2, k=1, quant_type="wfp4afp8", limit=7.0),
+    Case("nvfp4", hidden=2048, inter=512, experts=4, k=3, bias=False),  # Qwen3.6-35B-A3B
     Case(hidden=2048, inter=768, experts=6, k=5, bias=False),  # Qwen3-30B-A3B
     Case("int8", hidden=2048, inter=512, experts=6, k=5, bias=False),  # Qwen3.6-35B-A3B
     Case(hidden=2816, inter=704, experts=5, k=4, block_size=64, activation="geglu"),  # Gemma 4
