@@ -4,9 +4,9 @@
 // in ONNX Runtime, so they differ in the type of input 0 and of the output only; the other inputs
 // take any type and are checked by us when the kernel is made.
 //
-// ONNX Runtime's "any type" leaves out uint2, int2 and float8e8m0, and holds for an input as soon as
-// one object says so. Scales that may be float8e8m0 are therefore declared in each of their types,
-// by one object for each; all scales of a node then have the same type, as in com.microsoft.
+// ONNX Runtime's "any type" leaves out uint2, int2 and float8e8m0, and holds for an input as soon
+// as one object says so. Scales that may be float8e8m0 are therefore declared in each of their
+// types, by one object for each; all scales of a node then have the same type, as in com.microsoft.
 #pragma once
 
 #include <cstddef>
@@ -57,8 +57,8 @@ const OpSpec& MatMulNBitsOp();  // matmul_nbits_op.cc
 
 class CustomOp : public OrtCustomOp {
  public:
-  /// `version` is the API version that the runtime and we agree on; `domain` the one that the object
-  /// is added to; `scales` the type of scales, for an op that has inputs marked so.
+  /// `version` is the API version that the runtime and we agree on; `domain` the one that the
+  /// object is added to; `scales` the type of scales, for an op that has inputs marked so.
   CustomOp(Api api, uint32_t version, const char* domain, const OpSpec& spec, DeviceType device,
            DType dtype, DType scales);
 

@@ -1,17 +1,17 @@
 // How the weights of a QMoE node are laid out, which its attributes say only half.
 //
-// All projections of a node share one layout, and only a projection with N != K shows by its shape which:
+// All projections of a node share one layout, and only one with N != K shows it by its shape:
 //
 //   raw        [E, N, K * bits / 8]   any quant_type
-//   fpa_intb   [E, K, N * bits / 8]   "int" of 4 and 8 bits: prepacked by exporters for onnxruntime's CUDA kernels
-//   k_major    [E, K, N * bits / 8]   the 4-bit floats, as onnxruntime's CUDA kernels want them
+//   fpa_intb   [E, K, N * bits / 8]   "int" of 4 and 8 bits, prepacked for the stock CUDA op
+//   k_major    [E, K, N * bits / 8]   the 4-bit floats, as the stock CUDA op wants them
 //
 // The first of these rules that says something counts:
 //   1. weights_layout, an attribute of ours, names one of the three;
 //   2. weights_prepacked (only "int" has it) is 0, raw, or 1, fpa_intb;
 //   3. only one of the layouts that quant_type allows fits the shapes of all projections;
-//   4. "int" is raw and a 4-bit float K-major, with a warning. (Of models without an attribute, those for the CPU and
-//      from all but one exporter are raw; models with 4-bit floats are made for CUDA only.)
+//   4. "int" is raw and a 4-bit float K-major, with a warning. (Most exporters write integers raw
+//      and say nothing; models with 4-bit floats are made for CUDA only.)
 #pragma once
 
 #include <cstdint>

@@ -18,8 +18,9 @@ struct Sizes {
   int64_t experts, hidden, inter;  // E, H, I
 };
 
-/// Which dimension is which. Scales of rows say it whatever the layout of the weights, [E, F * I, ...] for fc1 and
-/// [E, H, ...] for fc2; where there are none, the weights are raw and begin with the same dimensions.
+/// Which dimension is which. Scales of rows say it whatever the layout of the weights, [E, F * I,
+/// ...] for fc1 and [E, H, ...] for fc2; where there are none, the weights are raw and begin with
+/// the same dimensions.
 Sizes FindSizes(const Tensors& inputs, const ScalePlan& scales, int64_t rows_per_unit) {
   const bool by_scales = !scales.type->square_blocks;
   const TensorView& fc1 = inputs[by_scales ? kFc1Scales : kFc1Weights];

@@ -1,11 +1,11 @@
 // What quant_type says of a QMoE node's weights: their format, and the scales that come with them.
 //
-//   quant_type  format    block_size               scales (inputs 3, 6, 9)                factor an expert (15, 16)
-//   int         intN      0, or 16 to 65536        float types [E, N] or [E, N, K / bs]   none
-//   fp4         mxfp4     32                       float8e8m0 (or uint8) [E, N, K / 32]   required
-//   nvfp4       nvfp4     16                       float8e4m3fn [E, N, K / 16]            required
-//   fp8         fp8_e4m3  0                        none                                   required
-//   fp8         fp8_e4m3  16 to 65536, squares     float types, one a square              none
+//   quant_type  format    block_size            scales (inputs 3, 6, 9)      factor an expert
+//   int         intN      0, or 16 to 65536     float types [E, N(, K / bs)]  none
+//   fp4         mxfp4     32                    float8e8m0 or uint8           inputs 15 and 16
+//   nvfp4       nvfp4     16                    float8e4m3fn                  inputs 15 and 16
+//   fp8         fp8_e4m3  0                     none                          inputs 15 and 16
+//   fp8         fp8_e4m3  squares, 16 to 65536  float types, one a square     none
 //   wfp4afp8    mxfp4     as fp4; activations become e4m3, by blocks or by inputs 17 and 18
 #pragma once
 

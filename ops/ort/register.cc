@@ -18,8 +18,8 @@ namespace {
 
 constexpr char kOverrideKey[] = "qmoe_plugin.override_com_microsoft";
 
-/// The ops of one domain as one runtime knows them. ONNX Runtime keeps pointers to the objects and frees none, so
-/// they live for ever, and all sessions of a runtime share them.
+/// The ops of one domain as one runtime knows them. ONNX Runtime keeps pointers to the objects and
+/// frees none, so they live for ever, and all sessions of a runtime share them.
 struct Registration {
   const OrtApi* table;
   const char* name;          // kDomain or kStockDomain

@@ -40,7 +40,7 @@ def random_weights(
     """
     *lead, n, k = shape
     numbers = np.flatnonzero(np.isfinite(fmt.values)).astype(np.uint8)
-    codes = numbers[rng.integers(0, len(numbers), shape)]
+    codes = numbers[rng.integers(0, len(numbers), shape, dtype=np.uint8)]
     scale = 1 / (np.std(fmt.values[numbers]) * math.sqrt(k))
     tensors = {"codes": fmt.pack(codes)}
     scale_shape = fmt.scale_shape(n, k, block_size)

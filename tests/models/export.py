@@ -60,9 +60,12 @@ class Export:
 # The builder's default on the CPU is 4, which allows int8 activations; 1 asks for float32.
 _INT4 = ("int4", "cpu", "accuracy_level=1")
 _INT8 = ("int8", "cpu", "accuracy_level=1", "moe_quant_type=int8")
-# The builder writes float16 graphs for CUDA only; raw weights, and separate Q/K norms for the CPU's
-# attention, make them run anywhere.
-_RAW_CUDA = ("cuda", "qmoe_weights_prepacked=0", "fuse_qk_norm_gqa=false")
+# The builder writes float16 graphs for CUDA only; separate Q/K norms, for the CPU's attention, make
+# them run anywhere.
+_CUDA = ("cuda", "fuse_qk_norm_gqa=false")
+_RAW_CUDA = (*_CUDA, "qmoe_weights_prepacked=0")
+_PREPACKED_1 = "matmulnbits_weights_prepacked=1"
+_PREPACKED_INT8 = ("int8", *_CUDA, "moe_quant_type=int8")
 _INT4_FP16 = ("int4", *_RAW_CUDA)
 _INT8_FP16 = ("int8", *_RAW_CUDA, "moe_quant_type=int8")
 
@@ -94,20 +97,33 @@ EXPORTS = [
     Export("qwen35_moe", "int4_b128", "genai", (*_INT4, "qmoe_block_size=64", "block_size=128")),
     Export("gpt_oss", "int4_default", "genai", ("int4", "cpu")),
     Export("gpt_oss", "int4_zero_points", "genai", (*_INT4, "is_symmetric=false")),
+    # As the builder writes for CUDA by default: weights in the order of stock CUDA kernels.
+    Export("qwen35_moe", "prepacked_int4", "genai", ("int4", *_CUDA, _PREPACKED_1), "float16"),
+    Export("qwen35_moe", "prepacked_int8", "genai", (*_PREPACKED_INT8, _PREPACKED_1), "float16"),
+    Export(
+        "qwen35_moe",
+        "prepacked_sm90",
+        "genai",
+        ("int4", *_CUDA, "matmulnbits_weights_prepacked=2", "block_size=64"),
+        "float16",
+    ),
+    Export(
+        "qwen35_moe",
+        "prepacked_channel",
+        "genai",
+        (*_PREPACKED_INT8, "qmoe_block_size=0"),
+        "float16",
+    ),
+    Export("lfm2_moe", "prepacked_int4", "genai", ("int4", *_CUDA), "float16"),
+    Export("gemma4", "prepacked_int4", "genai", ("int4", *_CUDA), "float16"),
+    Export("gpt_oss", "mxfp4", "genai", ("int4", *_CUDA, "moe_quant_type=mxfp4"), "float16"),
     *_mobius("qwen3_moe"),
     *_mobius("glm4_moe"),
     *_mobius("deepseek_v3"),
 ]
 
-# The builder's default for CUDA, which only the stock CUDA kernels can read, and its broken MXFP4.
+# The builder's broken MXFP4.
 FOREIGN_EXPORTS = [
-    Export(
-        "qwen35_moe",
-        "prepacked",
-        "genai",
-        ("int4", "cuda", "matmulnbits_weights_prepacked=1"),
-        "float16",
-    ),
     Export("qwen35_moe", "mxfp4", "genai", ("int4", "cuda", "moe_quant_type=mxfp4"), "float16"),
 ]
 

@@ -12,6 +12,7 @@ import pytest
 import qmoe_plugin
 from models import check, export
 from models.runner import Decoder
+from qmoe_plugin.override import CONFIG_KEY
 from qmoe_plugin.report import RetargetReport
 
 pytestmark = pytest.mark.models
@@ -41,32 +42,46 @@ def test_session_generates_pytorchs_tokens(
 def test_genai_generates_the_same_tokens_with_our_library(
     item: export.Export, exports: export.Exports, tmp_path: Path
 ) -> None:
-    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     folder = install_into(exports.model(item), tmp_path)
-    model = genai.Model(str(folder))
-    parameters = genai.GeneratorParams(model)
-    # Sliding-window models need room for their buffers from the start.
-    parameters.set_search_options(max_length=64, do_sample=False)
-    generator = genai.Generator(model, parameters)
     expected = exports.expected(item)
-    generator.append_tokens(expected.prompt)
-    tokens = []
-    while len(tokens) < len(expected.tokens) and not generator.is_done():
-        generator.generate_next_token()
-        tokens.append(int(generator.get_next_tokens()[0]))
+    tokens = generate(folder, expected)
     if item in EXACT:
         assert tokens == expected.tokens
     decoder = Decoder(check.open_session(exports.model(item), "cpu", tmp_path))
     assert tokens == decoder.generate(expected.prompt, len(expected.tokens))[0]
 
 
-def test_prepacked_weights_are_left_to_the_stock_ops(exports: export.Exports) -> None:
+@pytest.mark.parametrize("item", GENAI, ids=lambda item: item.id)
+def test_genai_runs_the_unmodified_model_with_our_ops(
+    item: export.Export, exports: export.Exports, tmp_path: Path
+) -> None:
+    """By the session option that puts our ops in the place of com.microsoft's."""
+    folder = tmp_path / "genai"
+    shutil.copytree(exports.model(item), folder)
+    configure(folder, {CONFIG_KEY: "1"})
+    tokens = generate(folder, exports.expected(item))
+    if item in EXACT:
+        assert tokens == exports.expected(item).tokens
+    session = qmoe_plugin.session(folder / "model.onnx", ["CPUExecutionProvider"], override=True)
+    expected = exports.expected(item)
+    assert tokens == Decoder(session).generate(expected.prompt, len(expected.tokens))[0]
+
+
+def test_prepacked_and_raw_weights_may_mix(exports: export.Exports) -> None:
     """Small matrices cannot be prepacked: one file holds both layouts, told apart node by node."""
-    report = retarget_foreign("prepacked", exports)
-    assert {node.op_type for node in report.kept} == {"QMoE", "MatMulNBits"}
-    assert all("prepacked" in node.reason for node in report.kept)
-    assert {node.op_type for node in report.moved} == {"MatMulNBits"}
-    assert any("router" in node.name for node in report.moved)
+    item = next(item for item in GENAI if item.name == "prepacked_int4")
+    model = onnx.load(exports.model(item) / "model.onnx", load_external_data=False)
+    report = qmoe_plugin.retarget(model, sm=0)
+    assert not report.kept
+    layouts = {
+        (node.op_type, attribute.name, attribute.i)
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.name in ("weight_prepacked", "weights_prepacked")
+    }
+    assert ("QMoE", "weights_prepacked", 1) in layouts
+    assert ("MatMulNBits", "weight_prepacked", 1) in layouts
+    assert len([node for node in report.moved if "router" in node.name]) == 2
 
 
 def test_broken_mxfp4_export_is_refused_by_name(exports: export.Exports) -> None:
@@ -89,12 +104,36 @@ def install_into(exported: Path, scratch: Path) -> Path:
     report = qmoe_plugin.retarget(folder / "model.onnx", folder / "model.onnx", sm=0)
     assert report.moved
     assert not report.kept
+    configure(folder, {})
+    return folder
+
+
+def configure(folder: Path, options: dict[str, str]) -> None:
+    """Puts our library into a model's folder, and session options into its configuration."""
     library = Path(qmoe_plugin.get_library_path())
     shutil.copy(library, folder)
     path = folder / "genai_config.json"
     config = json.loads(path.read_text())
-    # The float16 exports ask for CUDA, which the CPU's genai wheel does not have.
-    options = {"custom_ops_library": library.name, "provider_options": []}
-    config["model"]["decoder"]["session_options"] |= options
+    config["model"]["decoder"]["session_options"] |= {
+        "custom_ops_library": library.name,
+        # The float16 exports ask for CUDA, which the CPU's genai wheel does not have.
+        "provider_options": [],
+        **options,
+    }
     path.write_text(json.dumps(config))
-    return folder
+
+
+def generate(folder: Path, expected: export.Expected) -> list[int]:
+    """What genai's own loop makes of the prompt, greedily."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    model = genai.Model(str(folder))
+    parameters = genai.GeneratorParams(model)
+    # Sliding-window models need room for their buffers from the start.
+    parameters.set_search_options(max_length=64, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(expected.prompt)
+    tokens: list[int] = []
+    while len(tokens) < len(expected.tokens) and not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    return tokens

@@ -31,6 +31,12 @@ relaxed = settings(
 dtypes = st.sampled_from(FLOAT_DTYPES)
 optional_dtypes = st.none() | dtypes
 seeds = st.integers(0, 2**16)
+LAYOUTS = {
+    "int4": ["raw", "raw", "fpa_intb"],
+    "int8": ["raw", "raw", "fpa_intb"],
+    "mxfp4": ["raw", "k_major"],
+    "nvfp4": ["raw", "k_major"],
+}
 
 
 @st.composite
@@ -40,16 +46,21 @@ def matmul_cases(draw: st.DrawFn) -> MatMulNBitsCase:
     fmt = formats.get(draw(st.sampled_from(names)))
     kinds = ["none", "packed", "bytes", "typed"] if fmt.zero_points else ["none"]
     rank = draw(st.sampled_from([1, 2, 3]))
+    block_size = draw(st.sampled_from([16, 32, 64, 128, 256]))
+    prepacked = ["fpa_intb", "fpa_intb90"] if fmt.name in ("int4", "int8") else []
+    layout = draw(st.sampled_from(["raw", "raw", *prepacked]))
+    unit_n, unit_k = (1, 1) if layout == "raw" else (32, max(64, block_size))
     return MatMulNBitsCase(
         format=fmt.name,
-        block_size=draw(st.sampled_from([16, 32, 64, 128, 256])),
+        layout=layout,
+        block_size=block_size,
         dtype=draw(dtypes),
         scale_dtype=draw(optional_dtypes),
         zero_points=draw(st.sampled_from(kinds)),
         signs=draw(st.booleans()),
         m=1 if rank == 1 else draw(st.integers(0, 20) | st.integers(21, 140)),
-        n=draw(st.integers(1, 150)),
-        k=draw(st.integers(1, 400)),
+        n=unit_n * draw(st.integers(1, 150 // unit_n)),
+        k=unit_k * draw(st.integers(1, 400 // unit_k)),
         g_idx=draw(st.sampled_from(["none", "none", "shuffled", "uneven"])),
         bias=draw(st.booleans()),
         rank=rank,
@@ -74,14 +85,14 @@ def qmoe_cases(draw: st.DrawFn) -> QMoECase:
     swiglu = activation == "swiglu"
     router_weights = draw(st.booleans())
     quant_type = draw(st.sampled_from([None, *fmt.other_quant_types]))
-    layouts = ["raw"]
-    if fmt.scale_type != "float":
-        layouts = ["raw", "k_major"]
+    layout = draw(st.sampled_from(LAYOUTS.get(fmt.name, ["raw"])))
+    if layout == "fpa_intb":
+        unit, most = max(unit, 64), 3
     case = QMoECase(
         format=fmt.name,
         quant_type=quant_type,
         act_scales=draw(st.sampled_from(["none", "one", "experts"])) if quant_type else "none",
-        layout=draw(st.sampled_from(layouts)),
+        layout=layout,
         as_bytes=draw(st.booleans()),
         block_size=block_size,
         dtype=draw(dtypes),

@@ -32,6 +32,7 @@ WEIGHTS_MB = int(os.environ.get("QMOE_PLUGIN_TEST_WEIGHTS_MB", "256"))
 CONCURRENT = [
     QMoECase(dtype="float16", tokens=3, experts=8, k=3),
     QMoECase("int8", 0, tokens=40, experts=8, k=3, hidden=128, inter=64),
+    QMoECase("mxfp4", dtype="bfloat16", tokens=20, quant_type="wfp4afp8", act_scales="experts"),
     MatMulNBitsCase(dtype="bfloat16", m=5, n=200, k=480),
     MatMulNBitsCase("int8", m=70, n=64, k=160, zero_points="packed"),
 ]
@@ -273,6 +274,8 @@ GPU_CASES = [
         QMoECase(dtype=dtype, tokens=1, experts=8, k=4, hidden=128, inter=192),
         QMoECase(dtype=dtype, tokens=24, experts=8, k=3, zero_points=True),
         QMoECase(dtype=dtype, tokens=200, experts=8, k=2, hidden=128, inter=128),
+        QMoECase("mxfp4", dtype=dtype, tokens=9, quant_type="wfp4afp8"),
+        QMoECase("mxfp4", dtype=dtype, tokens=9, quant_type="wfp4afp8", act_scales="experts"),
         MatMulNBitsCase(dtype=dtype, m=1, n=200, k=480),
         MatMulNBitsCase(dtype=dtype, m=40, n=72, k=160),
     )

@@ -90,11 +90,11 @@ def describe_qmoe(node: ir.Node) -> Description:
     plan = plan_scales(node, has_fc3=has_fc3)
     projections = _projections(node, plan, fused=activation in _GATED and not has_fc3)
     fc1, fc2 = projections[:2]
+    check_per_expert(node, plan, fc1.experts)
     layout = decide_layout(node, plan, projections)
     _check_sizes(fc1.k, fc2.k, plan)
     for p in projections:
         p.check(plan)
-    check_per_expert(node, fc1.experts)
 
     topk = _topk(node, fc1.experts)
     dtype = activation_dtype(node, fc1.tensors.bias, fc2.tensors.bias, fc1.tensors.scales)

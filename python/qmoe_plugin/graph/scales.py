@@ -69,7 +69,7 @@ class ScalePlan:
 
 
 def plan_scales(node: ir.Node, *, has_fc3: bool) -> ScalePlan:
-    """Checks quant_type and block_size, and which global and activation scales are given."""
+    """Checks quant_type and block_size, and which activation scales are given."""
     name = string(node, "quant_type", "int")
     known = {each for fmt in formats.FORMATS.values() for each in fmt.quant_types}
     if name not in known:
@@ -81,13 +81,6 @@ def plan_scales(node: ir.Node, *, has_fc3: bool) -> ScalePlan:
             f"fc3 is given, but quant_type '{name}' needs a global scale for each projection, and "
             "there is no input for that of fc3"
         )
-    for index in GLOBAL_SCALES.values():
-        if given(node, index) != plan.has_global_scales:
-            problem = "missing" if plan.has_global_scales else "not supported"
-            raise UnsupportedError(
-                f"input {index}, a global scale, is {problem} for quant_type '{name}' with "
-                f"block_size {plan.block_size}"
-            )
     _check_act_scales(node, quantizes=name == "wfp4afp8")
     return plan
 
@@ -161,9 +154,15 @@ def check_block_size(block_size: int) -> None:
         )
 
 
-def check_per_expert(node: ir.Node, experts: int) -> None:
+def check_per_expert(node: ir.Node, plan: ScalePlan, experts: int) -> None:
     """Refuses global and activation scales that are not one float an expert."""
     for index in GLOBAL_SCALES.values():
+        if given(node, index) != plan.has_global_scales:
+            problem = "missing" if plan.has_global_scales else "not supported"
+            raise UnsupportedError(
+                f"input {index}, a global scale, is {problem} for quant_type '{plan.quant_type}' "
+                f"with block_size {plan.block_size}"
+            )
         _check_per_expert(node, index, [(experts,)])
     for index in _ACT_SCALES:
         _check_per_expert(node, index, [(experts,), (1,)])

@@ -1,0 +1,148 @@
+"""QMoE's routing against the oracle: experts, ties, masks, router weights, the sparse mixer."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from helpers.cases import QMoECase, feeds_of
+from helpers.dtypes import FLOAT_DTYPES
+from helpers.run import open_session, run, run_case
+from helpers.tolerance import check
+
+pytestmark = pytest.mark.usefixtures("library")
+
+Case = QMoECase
+
+
+def verify(case: QMoECase, *, device: str) -> None:
+    tensors, result = run_case(case, device)
+    check(case, tensors, result)
+
+
+@pytest.mark.parametrize(
+    ("experts", "k"),
+    [(1, 1), (3, 1), (3, 3), (8, 8), (60, 4), (60, 60), (160, 6), (384, 8), (384, 10), (1024, 70)],
+)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_experts(experts: int, k: int, normalize: bool, device: str) -> None:
+    for tokens, dtype in ((1, "float16"), (5, "float32"), (40, "bfloat16")):
+        verify(
+            Case(
+                dtype=dtype,
+                hidden=32,
+                inter=32,
+                experts=experts,
+                k=k,
+                tokens=tokens,
+                normalize=normalize,
+            ),
+            device=device,
+        )
+
+
+ROUTERS = ["random", "ties", "equal", "one_expert", "masked", "few", "log_sigmoid", "far"]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router_weights", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_routing(router: str, router_weights: bool, normalize: bool, device: str) -> None:
+    for experts, k, tokens in ((8, 3, 30), (60, 4, 1), (160, 6, 12)):
+        verify(
+            Case(
+                hidden=32,
+                inter=32,
+                experts=experts,
+                k=k,
+                tokens=tokens,
+                router=router,
+                router_weights=router_weights,
+                normalize=normalize,
+            ),
+            device=device,
+        )
+
+
+@pytest.mark.parametrize("router_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_router_type_and_rank(dtype: str, router_dtype: str, device: str) -> None:
+    """The router's inputs may have a type and a rank of their own."""
+    for rank, router_rank, weights in itertools.product((2, 3), (2, 3), (False, True)):
+        verify(
+            Case(
+                dtype=dtype,
+                router_dtype=router_dtype,
+                rank=rank,
+                router_rank=router_rank,
+                router_weights=weights,
+                tokens=6,
+            ),
+            device=device,
+        )
+
+
+def test_router_weights_may_have_another_type_than_router_probs(device: str) -> None:
+    case = Case(dtype="float16", router_weights=True, tokens=5)
+    tensors = case.tensors()
+    tensors["router_weights"] = tensors["router_weights"].astype(np.float32)
+    check(case, tensors, run(open_session(case.model(tensors), device), feeds_of(tensors)))
+
+
+def test_nan_logits_come_last(device: str) -> None:
+    for experts, k, tokens in ((8, 3, 30), (8, 8, 5), (60, 10, 4), (160, 6, 3)):
+        verify(
+            Case(
+                hidden=32,
+                inter=32,
+                experts=experts,
+                k=k,
+                tokens=tokens,
+                router="nan",
+                router_weights=True,
+            ),
+            device=device,
+        )
+
+
+@pytest.mark.parametrize("weight", [0.0, 3e-8, 1e-3, -0.5])
+def test_normalising_tiny_and_negative_sums(weight: float, device: str) -> None:
+    """A sum of at most 1e-6 is not divided by."""
+    case = Case(router_weights=True, normalize=True, tokens=4)
+    tensors = case.tensors()
+    tensors["router_weights"] = np.full_like(tensors["router_weights"], weight)
+    check(case, tensors, run(open_session(case.model(tensors), device), feeds_of(tensors)))
+
+
+@pytest.mark.parametrize("router_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("experts", [2, 3, 8, 16, 60])
+def test_sparse_mixer(experts: int, router_dtype: str, device: str) -> None:
+    for router, tokens in (("random", 50), ("ties", 20), ("equal", 3)):
+        case = Case(
+            sparse_mixer=True,
+            experts=experts,
+            router_dtype=router_dtype,
+            router=router,
+            tokens=tokens,
+            hidden=32,
+            inter=32,
+        )
+        tensors = case.tensors()
+        if router == "random":
+            # Some logits within 2 % of the largest, none near the 2 % itself, where float32 may
+            # decide otherwise.
+            logits = tensors["router_probs"].astype(np.float64)
+            top = np.abs(logits).max(axis=-1, keepdims=True)
+            near = np.random.default_rng(experts).choice([1.0, 0.99, 0.97, 0.5, -1.0], logits.shape)
+            tensors["router_probs"] = (top * near).astype(tensors["router_probs"].dtype)
+        check(case, tensors, run(open_session(case.model(tensors), device), feeds_of(tensors)))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_sparse_mixer_with_router_weights(normalize: bool, device: str) -> None:
+    """The router weights are the factors, as without the mixer."""
+    verify(
+        Case(sparse_mixer=True, router_weights=True, normalize=normalize, experts=8, tokens=20),
+        device=device,
+    )
