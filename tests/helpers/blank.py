@@ -14,31 +14,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-Tensors = dict[str, np.ndarray]
+from helpers.models import QMOE_INPUTS as INPUTS
 
-INPUTS = (
-    "input",
-    "router_probs",
-    "fc1_experts_weights",
-    "fc1_scales",
-    "fc1_experts_bias",
-    "fc2_experts_weights",
-    "fc2_scales",
-    "fc2_experts_bias",
-    "fc3_experts_weights",
-    "fc3_scales",
-    "fc3_experts_bias",
-    "fc1_zero_points",
-    "fc2_zero_points",
-    "fc3_zero_points",
-    "router_weights",
-    "fc1_global_scale",
-    "fc2_global_scale",
-    "fc1_act_scale",
-    "fc2_act_scale",
-    "fc1_act_block_scale",
-    "fc2_act_block_scale",
-)
+Tensors = dict[str, np.ndarray]
 
 SCALE_TYPES = {
     "float32": np.float32,
