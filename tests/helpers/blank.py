@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from helpers.models import QMOE_INPUTS as INPUTS
+from helpers.models import node_inputs
 
 Tensors = dict[str, np.ndarray]
 
@@ -149,9 +149,7 @@ def blank_model(
     domain: str = "com.microsoft",
 ) -> onnx.ModelProto:
     """A model of one QMoE node."""
-    names = [name if name in tensors else "" for name in INPUTS]
-    while not names[-1]:
-        names.pop()
+    names = node_inputs("QMoE", tensors)
     fed = ("input", "router_probs", "router_weights")
     element = helper.np_dtype_to_tensor_dtype(tensors["input"].dtype)
     node = helper.make_node("QMoE", names, ["output"], name="node", domain=domain, **attributes)
