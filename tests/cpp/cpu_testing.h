@@ -13,17 +13,10 @@
 #include "ops/error.h"
 #include "ops/registry.h"
 #include "ops/weights.h"
+#include "tests/cpp/expect.h"
 
 namespace qmoe_plugin {
 
-inline int checks = 0, failures = 0;
-
-#define EXPECT(ok, ...)                                                            \
-  do {                                                                             \
-    ++checks;                                                                      \
-    if (!(ok) && ++failures <= 20)                                                 \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, Concat(__VA_ARGS__).c_str()); \
-  } while (false)
 inline std::mt19937 rng(1);
 
 inline float Gauss() { return std::normal_distribution<float>()(rng); }

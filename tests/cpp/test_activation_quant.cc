@@ -14,18 +14,10 @@
 #include "ops/error.h"
 #include "ops/qmoe/activation_quant.h"
 #include "ops/qmoe/qmoe.h"
+#include "tests/cpp/expect.h"
 
 namespace qmoe_plugin {
 namespace {
-
-int checks = 0, failures = 0;
-
-#define EXPECT(ok, ...)                                                            \
-  do {                                                                             \
-    ++checks;                                                                      \
-    if (!(ok) && ++failures <= 20)                                                 \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, Concat(__VA_ARGS__).c_str()); \
-  } while (false)
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 std::mt19937 rng(7);

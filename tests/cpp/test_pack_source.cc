@@ -13,18 +13,10 @@
 #include "ops/matmul_nbits/matmul_nbits.h"
 #include "ops/pack_source.h"
 #include "ops/qmoe/qmoe.h"
+#include "tests/cpp/expect.h"
 
 namespace qmoe_plugin {
 namespace {
-
-int checks = 0, failures = 0;
-
-#define EXPECT(ok, ...)                                                            \
-  do {                                                                             \
-    ++checks;                                                                      \
-    if (!(ok) && ++failures <= 20)                                                 \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, Concat(__VA_ARGS__).c_str()); \
-  } while (false)
 
 void ExpectError(const std::function<void()>& body, const char* part) {
   try {

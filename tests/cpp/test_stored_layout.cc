@@ -11,20 +11,12 @@
 #include "ops/error.h"
 #include "ops/stored_layout.h"
 #include "ops/weights.h"
+#include "tests/cpp/expect.h"
 
 namespace qmoe_plugin {
 namespace {
 
 using Bytes = std::vector<uint8_t>;
-
-int checks = 0, failures = 0;
-
-#define EXPECT(ok, ...)                                                            \
-  do {                                                                             \
-    ++checks;                                                                      \
-    if (!(ok) && ++failures <= 20)                                                 \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, Concat(__VA_ARGS__).c_str()); \
-  } while (false)
 
 /// Codes, one byte each, to bytes, lowest bits first; every row of `columns` codes fills up a byte.
 Bytes PackRows(const Bytes& codes, int64_t columns, int bits) {
