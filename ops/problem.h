@@ -116,6 +116,8 @@ struct GemmProblem {
   const Format* format = nullptr;
   int64_t experts = 1;
   int64_t rows = 0;  // rows of x over all experts: M, or tokens * topk
+  int64_t topk = 1;  // rows of a token, each of another expert
+  int sm = 0;        // of the device; set by Explain
   int64_t n = 0, k = 0;
   int64_t block_size = 0;  // 0 = per channel
   bool zero_points = false;

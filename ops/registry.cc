@@ -35,7 +35,10 @@ std::string Refusal(const Kernel& kernel, const Device& device, const GemmProble
     return Concat("runs on sm_", kernel.min_sm, " to sm_", kernel.max_sm, ", not sm_", device.sm);
   if (std::find(kernel.dtypes.begin(), kernel.dtypes.end(), problem.dtype) == kernel.dtypes.end())
     return Concat("does not take ", Name(problem.dtype), " activations");
-  return kernel.refuse == nullptr ? std::string() : kernel.refuse(problem);
+  if (kernel.refuse == nullptr) return {};
+  GemmProblem here = problem;
+  here.sm = device.sm;
+  return kernel.refuse(here);
 }
 
 }  // namespace

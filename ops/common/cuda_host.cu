@@ -35,6 +35,16 @@ void CopyToDevice(int device, void* target, const void* source, size_t bytes) {
   CheckCuda(status, "copying weights to the GPU");
 }
 
+bool CanOverlap(int sm) {
+  constexpr int kFirstDriver = 12030;  // older ones cannot capture such launches
+  static const int driver = [] {
+    int version = 0;
+    cudaDriverGetVersion(&version);
+    return version;
+  }();
+  return sm >= 90 && driver >= kFirstDriver;
+}
+
 void PrepareKernel(const char* name, const void* kernel, size_t shared_bytes) {
   cudaFuncAttributes attributes;
   const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);

@@ -62,18 +62,37 @@ void CopyToDevice(int device, void* target, const void* source, size_t bytes);
 /// device.
 void PrepareKernel(const char* name, const void* kernel, size_t shared_bytes = 0);
 
+/// Whether a kernel may start before the one in front of it in the stream has ended. It must call WaitForPrevious
+/// (ops/common/ptx.cuh) before it reads what that one writes, in at least one thread of every block.
+enum class Overlap { kNone, kPrevious };
+
+/// Whether this device and driver can overlap kernels, also in captured graphs.
+bool CanOverlap(int sm);
+
 /// Launches `kernel` and throws Error if that fails. Not for zero blocks.
 template <class... Params, class... Args>
 void Launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads,
-            size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+            size_t shared_bytes, Overlap overlap, cudaStream_t stream, Args&&... args) {
   if (blocks > INT32_MAX)
     FailUnsupported(name, " would need ", blocks, " thread blocks; split the input");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap == Overlap::kPrevious ? 1 : 0;
   CheckCuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), name);
+}
+
+template <class... Params, class... Args>
+void Launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads,
+            size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  Launch(name, kernel, blocks, threads, shared_bytes, Overlap::kNone, stream,
+         std::forward<Args>(args)...);
 }
 
 }  // namespace qmoe_plugin

@@ -37,6 +37,28 @@ __device__ inline uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+/// 16, 8 or 4 bytes of shared memory by its address.
+__device__ inline uint4 LoadShared16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ inline uint2 LoadShared8(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+__device__ inline uint32_t LoadShared4(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
 /// Copies 16 bytes from global to shared memory in the background, both 16-byte aligned; writes
 /// zeros (and reads nothing) unless `valid`.
 __device__ inline void CopyAsync16(void* shared, const void* global, bool valid) {
@@ -44,6 +66,16 @@ __device__ inline void CopyAsync16(void* shared, const void* global, bool valid)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)),
                "l"(global), "r"(bytes)
                : "memory");
+}
+
+/// The same with shared memory by its address, for 8 or 16 bytes, aligned to as many.
+template <int kBytes>
+__device__ inline void CopyAsync(uint32_t shared, const void* global) {
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes)
+                 : "memory");
 }
 
 __device__ inline void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -54,12 +86,36 @@ __device__ inline void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+/// Programmatic dependent launch (a kernel launched with Overlap::kPrevious, sm_90 and later): the next kernel of the stream may
+/// start while this one runs. What follows it in the stream must call WaitForPrevious before it touches this one's results.
+__device__ inline void LetNextStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Waits until the kernel before this one has ended and its writes are visible.
+__device__ inline void WaitForPrevious() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Brings a line of global memory into L2.
+__device__ inline void PrefetchL2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 /// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ inline void LoadMatrix4(uint32_t (&r)[4], const void* shared_row) {
+__device__ inline void LoadMatrix4(uint32_t (&r)[4], uint32_t shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(SharedAddress(shared_row))
+               : "r"(shared_row)
                : "memory");
+}
+
+__device__ inline void LoadMatrix4(uint32_t (&r)[4], const void* shared_row) {
+  LoadMatrix4(r, SharedAddress(shared_row));
 }
 
 /// d[16 x 8] += a[16 x 16] b[16 x 8] in float32. T is __half or __nv_bfloat16, a and b hold pairs

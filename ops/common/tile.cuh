@@ -85,6 +85,17 @@ struct LaneCodes {
     }
   }
 
+  /// The same by the tile's address.
+  __device__ void LoadShared(uint32_t tile, int lane) {
+    if constexpr (F::kBits == 2) {
+      Set(0, LoadShared8(tile + lane * 8));
+    } else {
+#pragma unroll
+      for (int c = 0; c < F::kBits / 4; ++c)
+        Set(4 * c, LoadShared16(tile + c * ChunkBytes(F::kBits) + lane * 16));
+    }
+  }
+
   /// Centered values of fragment j, two of each row: (g, k..), (g+8, k..), (g, k+8..), (g+8,
   /// k+8..).
   template <class T2>
@@ -135,6 +146,16 @@ __device__ inline float Activate(const ActivationParams& p, float v, float u) {
   return v;
 }
 
+/// One value of y, rounded to its type.
+template <class T>
+__device__ inline void StoreY(const CudaGemmArgs& args, int64_t row, int64_t column, float value) {
+  const int64_t index = row * args.y_stride + column;
+  if (args.y_is_float)
+    static_cast<float*>(args.y)[index] = value;
+  else
+    static_cast<T*>(args.y)[index] = FromFloat<T>(value);
+}
+
 /// Writes y of one row tile: `sums` in shared memory is [row_count, stride], with 16 accumulators
 /// in tile row order for each of kRowTiles weight row tiles from `first_row_tile` on. All kThreads
 /// threads of the block take part; one thread keeps to one column.
@@ -159,12 +180,10 @@ __device__ void StoreRowTile(const CudaGemmArgs& args, const RowTile& tile, int 
     if (args.bias != nullptr) up_bias = args.bias[row_base + slot + 1];
   }
   const float* sum = sums + column / per_tile * kTileRows + tile_row;
-  T* y = static_cast<T*>(args.y) + y_column;
   for (int row = threadIdx.x / columns; row < tile.row_count; row += kThreads / columns) {
     const float v = sum[row * stride] * scale + bias;
     const float u = args.gated ? sum[row * stride + 8] * up_scale + up_bias : 0.0f;
-    y[(tile.row_begin + int64_t(row)) * args.y_stride] =
-        FromFloat<T>(Activate(args.activation, v, u));
+    StoreY<T>(args, tile.row_begin + int64_t(row), y_column, Activate(args.activation, v, u));
   }
 }
 

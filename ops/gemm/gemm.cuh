@@ -19,13 +19,16 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "ops/common/cuda_host.h"
 #include "ops/error.h"
 #include "ops/gemm/layout.h"
+#include "ops/qmoe/route.cuh"
 #include "ops/registry.h"
 
 namespace qmoe_plugin {
@@ -70,23 +73,48 @@ struct CudaGemmArgs {
   // Output [rows, n], or [rows, n / 2] for gated weights.
   void* y;
   int64_t y_stride;
+  bool y_is_float;  // y is float32 whatever dtype is
   ActivationParams activation;
+
+  // The device.
+  int sm, multiprocessors;
+  Overlap overlap;  // with the kernel before it, for kernels that can
+  /// With overlap: the row tiles are written by the kernel right before, not by an earlier one.
+  bool tiles_are_new;
+};
+
+/// The most that a launch which routes by itself takes.
+inline constexpr int kFusedTokens = 8, kFusedRows = 64, kFusedExperts = 256;
+
+/// A launch that routes by itself: there are no row tiles, x_rows is ignored.
+struct FusedRoute {
+  bool enabled;
+  bool x_is_tokens;  // x has a row a token (fc1), not a row a sorted row (fc2)
+  RouteArgs route;   // expert_ids is ignored; scales are written unless null
+  int* sorted_row;   // [T, k] written unless null
 };
 
 /// Registry entry: what Kernel::launch points to. All thread-safe.
 struct CudaGemm {
   /// Rows of a tile that suit the problem; goes into CudaGemmArgs and into the row tile list.
   int (*tile_rows)(const GemmProblem&);
-  /// Called at construction with the device current, for the activation type that will be launched:
-  /// loads the kernels (PrepareKernel).
-  void (*prepare)(DType);
+  /// Called at construction with the device current, for the activation type that will be launched
+  /// and the device's SM: loads the kernels (PrepareKernel).
+  void (*prepare)(DType, int sm);
   void (*launch)(const CudaGemmArgs&, cudaStream_t);
+  /// The same, routing by itself; null for kernels that cannot.
+  void (*launch_routed)(const CudaGemmArgs&, const FusedRoute&, cudaStream_t);
 };
 
 /// Upper bound of the number of row tiles.
 constexpr int64_t MaxRowTiles(int64_t rows, int64_t experts, int tile_rows) {
   const int64_t used = rows < experts ? rows : experts;  // experts that can have any rows
   return (rows + used * (tile_rows - 1)) / tile_rows;
+}
+
+/// Most shared memory of a block, bytes.
+constexpr int SharedLimit(int sm) {
+  return (sm == 80 || sm == 87 ? 163 : sm >= 90 && sm < 120 ? 227 : 99) << 10;
 }
 
 /// Why kCudaTile16x64 cannot hold the problem's weights so that a fragment has one scale a row;
@@ -101,7 +129,8 @@ inline std::string RefuseBlockSize(const GemmProblem& p) {
 template <class F, class Gemm>
 bool RegisterCudaGemm(const char* stem) {
   RegisterFormat(DescribeFormat<F>());  // this may run before the format's own translation unit
-  static const CudaGemm gemm{&Gemm::TileRows, &Gemm::Prepare, &Gemm::Launch};
+  static CudaGemm gemm{&Gemm::TileRows, &Gemm::Prepare, &Gemm::Launch, nullptr};
+  if constexpr (requires { &Gemm::LaunchRouted; }) gemm.launch_routed = &Gemm::LaunchRouted;
   Kernel kernel;
   kernel.name = std::string(stem) + "." + F::kName;
   kernel.stem = stem;

@@ -186,7 +186,7 @@ struct Gemm {
     return rows;
   }
 
-  static void Prepare(DType dtype) {
+  static void Prepare(DType dtype, int) {
     WithType(dtype, [](auto type) {
       using T = decltype(type);
       for (auto* kernel :

@@ -1,296 +1,559 @@
-// gemv_sm80: few rows, float16 and bfloat16, on tensor cores by mma.sync.m16n8k16; made to read weights as fast as memory
-// gives them, so the instructions spent on a k tile are what counts.
+// gemv_sm80: few rows an expert, float16 and bfloat16, by mma.sync.m16n8k16. It reads weights as fast as memory gives them, so
+// what counts is the instructions spent on a k tile, and that every multiprocessor has loads in flight all the time.
 //
-//   block      8 warps = `split` slices of k for each of 8 / split weight row tiles x up to 8 rows of x
-//   warp       takes every split-th k tile of its row tile; codes and scales go straight to registers, kDepth tiles ahead
-//   x          [rows, chunk of k] in shared memory, zeros beyond K; usually all of K at once
-//   product    weights are operand A as they are stored, centered and exact (no scale folded in); x is operand B by
-//              ldmatrix. The sum of each block (at most 32 k) is scaled in float32, so the only rounding is float32's.
-//              Zero offsets: block sums of x come from one more mma, with A = 1.
-//   end        the slices' sums meet in shared memory and are added in their order
+//   unit       one weight row tile (16 rows, all of K) of one slot; a slot is an expert with its up to 8 or 16 rows of x
+//   grid       one block a multiprocessor; each takes an equal, contiguous range of units
+//   block      16 warps share the range's k tiles evenly, wherever units begin and end: all finish together
+//   warp       streams its k tiles by cp.async through a ring of its own, 4 KB of codes in flight; no barriers but its own
+//   x          rows of the block's slots in shared memory, all of K: [slot, row, K], zeros beyond K
+//   product    weights are operand A as they are stored, centered and exact (no scale folded in); x is operand B by ldmatrix.
+//              The sum of each block (at most 64 k) is scaled in float32, so the only rounding is float32's. Zero offsets:
+//              block sums of x come from one more mma, with A = 1.
+//   end        a warp that had all of a unit finishes it from its registers; units of several warps meet in shared memory and
+//              are added in the order of k
 //
-// Rows of x that are not there repeat row 0 and are not stored: columns of an mma do not mix. Chosen for few rows in all.
-// Refuses more: there blocks that share x among more weights are faster (grouped_gemm_sm80).
+// Rows of x that are not there repeat row 0 and are not stored: columns of an mma do not mix. With few tokens it routes by
+// itself (ops/gemm/fused_route.cuh), and fc2 starts while fc1 runs. Refuses more rows than pay, and rows of x that do not fit.
 #pragma once
 
 #include "ops/common/cuda_host.h"
 #include "ops/common/tile.cuh"
+#include "ops/gemm/fused_route.cuh"
 #include "ops/gemm/gemm.cuh"
 
 namespace qmoe_plugin::gemv_sm80 {
 
-inline constexpr int kWarps = 8, kThreads = kWarps * 32;
-inline constexpr int kRows = 8;  // of x: one n8 tile
-inline constexpr int kSumStride =
-    kWarps * kTileRows + 4;               // floats of a row of sums; + 4: no bank conflicts
-inline constexpr int kXBytes = 64 << 10;  // of x in shared memory, at most
-inline constexpr int kSumBytes = kRows * kSumStride * int(sizeof(float));
+inline constexpr int kWarps = 16, kThreads = kWarps * 32;
+inline constexpr int kMaxSlots = 4;  // of a block at once
+static_assert(kWarps >= kFusedTokens);
 
-/// k tiles in flight, a warp: 2 KB of codes.
-template <class F>
-inline constexpr int kDepth = F::kBits == 8 ? 2 : 4;
+/// How block scales lie along k: one every 16, every 32, or every 64 or more (and per channel).
+enum class Blocks { k16, k32, kWide };
 
-/// How block scales lie along k: none, one every 16, or one every 32 or more.
-enum class Blocks { kPerChannel, k16, k32 };
+/// Division of numbers below 2^31 by one that the host knows; the GPU has no instruction for it, and blocks begin with many.
+class FastDivisor {
+ public:
+  FastDivisor() = default;
+  explicit FastDivisor(uint32_t divisor)
+      : divisor_(divisor),
+        shift_(divisor > 1 ? std::bit_width(divisor - 1) - 1 : 0),
+        multiplier_(uint32_t(((uint64_t(1) << (32 + shift_)) + divisor - 1) / divisor)) {}
+
+  __device__ int Divide(int n) const {
+    return divisor_ == 1 ? n : int(__umulhi(uint32_t(n), multiplier_) >> shift_);
+  }
+
+ private:
+  uint32_t divisor_;
+  int shift_;
+  uint32_t multiplier_;  // 2^(32 + shift) / divisor, rounded up; unused for 1
+};
 
 /// How a launch is cut.
 struct Plan {
-  int split;        // slices of k
-  int chunk_tiles;  // k tiles of x in shared memory at once
-  int x_stride;     // bytes of a row of x there; 16 mod 128: ldmatrix without bank conflicts
+  int slot_rows;  // of x, at most
+  int slots;      // of a block at once
+  int row_stride;  // bytes of a row of x in shared memory; 16 mod 128: ldmatrix without bank conflicts
+  FastDivisor k_tiles, row_tiles, x_chunks, blocks;
 };
 
-/// What a lane holds of a k tile: codes, and scales and zero offsets of its rows g and g + 8 for each block.
-template <class F, Blocks kBlocks, bool kOffsets>
-struct WeightTile {
+/// Sums of units that several warps share: two of each warp, one of its first and one of its last unit.
+template <int kN>
+inline constexpr int kPartBytes = kWarps * 2 * 32 * 4 * kN * int(sizeof(float));
+
+/// Some k tiles of one unit in shared memory: codes, 1 KB for most formats, then scales and zero offsets, [tile, block, 16].
+template <class F, Blocks kBlocks, bool kOffsets, int kN>
+struct Stage {
+  static constexpr int kTiles = F::kBits < 8 ? 2 : 1;
+  static constexpr int kCodeBytes = kTiles * TileBytes(F::kBits);
   static constexpr int kPairs = kBlocks == Blocks::k16 ? 4 : kBlocks == Blocks::k32 ? 2 : 1;
-  LaneCodes<F> codes;
-  __half2 scales[kPairs], offsets[kPairs];
-
-  /// `code` is the lane's first chunk of k tile 0, `scale` and `offset` its pairs of block 0.
-  __device__ void Load(const uint8_t* code, const __half2* scale, const __half2* offset,
-                       int block_shift, int k_tile) {
-    codes.LoadGlobal(code + int64_t(k_tile) * TileBytes(F::kBits), 0);
-#pragma unroll
-    for (int p = 0; p < kPairs; ++p) {
-      // 8 pairs a block; per channel there is one block.
-      const unsigned slot =
-          kBlocks == Blocks::kPerChannel
-              ? 0
-              : unsigned((k_tile * kTileK + kTileK / kPairs * p) >> block_shift) * 8;
-      if constexpr (kBlocks != Blocks::kPerChannel) scales[p] = __ldg(scale + slot);
-      if constexpr (kOffsets) offsets[p] = __ldg(offset + slot);
-    }
-  }
+  static constexpr int kTileScaleBytes = kPairs * kTileRows * 2;
+  static constexpr int kScaleBytes = kTiles * kTileScaleBytes;
+  static constexpr int kScales = kCodeBytes, kOffsetsAt = kScales + kScaleBytes;
+  static constexpr int kBytes = kOffsetsAt + (kOffsets ? kScaleBytes : 0);
+  /// Stages of a warp; one of them is being read.
+  static constexpr int kDepth = F::kBits == 2 ? 8 : 4;
+  static constexpr int kRing = kDepth * kBytes;
 };
 
-/// Rows of x from k tile `first` on, `tiles` of them, to shared memory.
-template <class T>
-__device__ void StageX(const CudaGemmArgs& args, const RowTile& tile, int first, int tiles,
-                       int x_stride, char* shared) {
-  const uintptr_t bits = reinterpret_cast<uintptr_t>(args.x) | (args.x_stride * sizeof(T));
-  const bool aligned = bits % 16 == 0 && args.k % 8 == 0;
-  for (int row = 0; row < tile.row_count; ++row) {
-    const T* source = XRow<T>(args, tile.row_begin + row);
-    for (int chunk = threadIdx.x; chunk < tiles * 8; chunk += kThreads) {
-      const int k = first * kTileK + chunk * 8;
-      uint4 value{};
-      if (aligned) {
-        if (k < args.k) value = *reinterpret_cast<const uint4*>(source + k);
-      } else {
-        T* values = reinterpret_cast<T*>(&value);
-        for (int e = 0; e < 8; ++e)
-          if (k + e < args.k) values[e] = source[k + e];
-      }
-      *reinterpret_cast<uint4*>(shared + row * x_stride + chunk * 16) = value;
-    }
+/// Brings a warp's k tiles, one stage after the other, into its ring.
+template <class F, Blocks kBlocks, bool kOffsets, int kN>
+class Loader {
+  using Stage = gemv_sm80::Stage<F, kBlocks, kOffsets, kN>;
+  static constexpr int kTileChunks = Stage::kTileScaleBytes / 16;  // of scales; a lane each
+  static constexpr int kScaleChunks = Stage::kScaleBytes / 16;
+  static_assert(kScaleChunks * (kOffsets ? 2 : 1) <= 32);
+  static constexpr int kStride = TileBytes(F::kBits);
+
+ public:
+  /// `left` k tiles from tile `k_tile` of row tile `row_tile` of the first slot of `slots` on.
+  __device__ Loader(const CudaGemmArgs& args, uint32_t ring, const RowTile* slots, int row_tile,
+                    int k_tile, int left, int k_tiles, int lane)
+      : to_(ring + lane * 16),
+        end_(to_ + Stage::kRing),
+        lane_(lane),
+        k_tiles_(k_tiles),
+        slot_(slots),
+        row_tile_(row_tile),
+        left_(left) {
+    // Lanes beyond the chunks of scales copy zero offsets.
+    scales_ =
+        static_cast<const __half*>(lane < kScaleChunks ? args.block_scales : args.zero_offsets);
+    copies_scales_ = scales_ != nullptr && lane < kScaleChunks * (kOffsets ? 2 : 1);
+    if (left > 0) Begin(args, k_tile);
   }
-}
+
+  /// Brings what comes next of this row tile's slot into L2, so much that it bridges the time until the copies go on.
+  __device__ void Prefetch(const CudaGemmArgs& args) const {
+    constexpr int kAhead = 8 << 10;  // bytes of codes
+    const int row_tiles_left = args.row_tiles - 1 - row_tile_;
+    const int64_t codes = int64_t(whole_ * Stage::kTiles + rest_) * kStride +
+                          min(int64_t(left_) * kStride, row_tiles_left * args.tile_bytes);
+    const int bytes = int(min(int64_t(kAhead), codes));
+    for (int at = lane_ * 128; at < bytes; at += 32 * 128) PrefetchL2(codes_ - lane_ * 16 + at);
+    if (kBlocks == Blocks::kWide || !copies_scales_) return;
+    const char* scales = reinterpret_cast<const char*>(row_scales_);
+    const int scale_bytes = bytes / kStride * Stage::kTileScaleBytes;
+    if (lane_ % kScaleChunks == 0)
+      for (int at = 0; at < scale_bytes; at += 128) PrefetchL2(scales + at);
+  }
+
+  /// Copies the next stage, if there is one, and commits.
+  __device__ void Load(const CudaGemmArgs& args) {
+    if (whole_ > 0) {
+      --whole_;
+#pragma unroll
+      for (int at = 0; at < Stage::kCodeBytes; at += 512) CopyAsync<16>(to_ + at, codes_ + at);
+      if (copies_scales_) CopyAsync<16>(to_ + Stage::kScales, ScalesOf(args));
+      Advance(Stage::kTiles);
+    } else {
+      LoadRest(args);
+    }
+    CopyAsyncCommit();  // an empty group at the end, so that groups and stages stay in step
+  }
+
+ private:
+  /// From k tile `k_tile` of the present row tile on.
+  __device__ void Begin(const CudaGemmArgs& args, int k_tile) {
+    const int count = min(k_tiles_ - k_tile, left_);
+    whole_ = count / Stage::kTiles;
+    rest_ = count % Stage::kTiles;
+    left_ -= count;
+    codes_ = TileCodes(args, slot_->expert, row_tile_) + lane_ * 16 + int64_t(k_tile) * kStride;
+    tile_ = k_tile + lane_ % kScaleChunks / kTileChunks;
+    row_scales_ = scales_ + TileScales(args, slot_->expert, row_tile_) + lane_ % kTileChunks * 8;
+    if constexpr (kBlocks != Blocks::kWide) row_scales_ += tile_ * (Stage::kPairs * kTileRows);
+  }
+
+  /// The rest of a row tile that does not fill a stage; or the next row tile's first stage.
+  __device__ void LoadRest(const CudaGemmArgs& args) {
+    if (rest_ == 0) {
+      if (left_ == 0) return;
+      if (++row_tile_ == args.row_tiles) row_tile_ = 0, ++slot_;
+      Begin(args, 0);
+    }
+    const int count = whole_ > 0 ? Stage::kTiles : rest_;
+    whole_ > 0 ? --whole_ : rest_ = 0;
+#pragma unroll
+    for (int at = 0; at < Stage::kCodeBytes; at += 512)
+      if (at + lane_ * 16 < count * kStride) CopyAsync<16>(to_ + at, codes_ + at);
+    if (copies_scales_ && lane_ % kScaleChunks / kTileChunks < count)
+      CopyAsync<16>(to_ + Stage::kScales, ScalesOf(args));
+    Advance(count);
+  }
+
+  __device__ const __half* ScalesOf(const CudaGemmArgs& args) const {
+    if constexpr (kBlocks != Blocks::kWide) return row_scales_;
+    return row_scales_ + ((tile_ * kTileK) >> args.block_shift) * kTileRows;
+  }
+
+  __device__ void Advance(int count) {
+    codes_ += count * kStride;
+    if constexpr (kBlocks == Blocks::kWide)
+      tile_ += count;
+    else
+      row_scales_ += count * (Stage::kPairs * kTileRows);
+    to_ += Stage::kBytes;
+    if (to_ == end_) to_ -= Stage::kRing;
+  }
+
+  uint32_t to_, end_;  // where this lane's chunk of the next stage goes; the ring's end
+  int lane_, k_tiles_;
+  const RowTile* slot_;
+  int row_tile_;
+  int whole_ = 0, rest_ = 0, left_;  // whole stages, then tiles, of this row tile; then tiles
+  int tile_;                         // k tile whose scales this lane copies next
+  bool copies_scales_;
+  const uint8_t* codes_;
+  const __half *scales_, *row_scales_;
+};
 
 template <class T>
 using T2Of = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
 
 /// Adds sums of rows g (0, 1) and g + 8 (2, 3), each times its half of `scale`.
-__device__ inline void AddScaled(const float (&part)[4], __half2 scale, float (&sums)[4]) {
-  const float2 s = __half22float2(scale);
-  sums[0] += part[0] * s.x, sums[1] += part[1] * s.x;
-  sums[2] += part[2] * s.y, sums[3] += part[3] * s.y;
+__device__ inline void AddScaled(const float (&part)[4], float2 scale, float (&sums)[4]) {
+  sums[0] += part[0] * scale.x, sums[1] += part[1] * scale.x;
+  sums[2] += part[2] * scale.y, sums[3] += part[3] * scale.y;
 }
 
-/// Adds one k tile to the lane's sums. `x` is where this lane's ldmatrix row lies in the tile.
-template <class F, class T, Blocks kBlocks, bool kOffsets>
-__device__ void Accumulate(const CudaGemmArgs& args, const WeightTile<F, kBlocks, kOffsets>& tile,
-                           const char* x, float (&sums)[4]) {
+/// Adds k tile `tile` of a stage to the lane's sums. x[n] is where this lane's ldmatrix row of n8 tile n lies at the stage's
+/// first k.
+template <class F, class T, Blocks kBlocks, bool kOffsets, int kN>
+__device__ void Accumulate(const CudaGemmArgs& args, uint32_t stage, int tile, int lane,
+                           const uint32_t (&x)[kN], bool second, float (&sums)[kN][4]) {
+  using Stage = gemv_sm80::Stage<F, kBlocks, kOffsets, kN>;
+  LaneCodes<F> codes;
+  codes.LoadShared(stage + tile * TileBytes(F::kBits), lane);
+  __half2 scales[Stage::kPairs], offsets[Stage::kPairs];
+#pragma unroll
+  for (int p = 0; p < Stage::kPairs; ++p) {
+    const uint32_t pair =
+        stage + tile * Stage::kTileScaleBytes + p * (kTileRows * 2) + lane / 4 * 4;
+    const auto load = [&](int at) {
+      const uint32_t bits = LoadShared4(pair + at);
+      return reinterpret_cast<const __half2&>(bits);
+    };
+    scales[p] = kBlocks != Blocks::kWide || args.block_scales != nullptr ? load(Stage::kScales)
+                                                                         : __float2half2_rn(1.0f);
+    if constexpr (kOffsets) offsets[p] = load(Stage::kOffsetsAt);
+  }
   constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
   constexpr uint32_t kOnesA[4] = {kOnes, kOnes, kOnes, kOnes};
+  constexpr int kSteps = kBlocks == Blocks::k16 ? 1 : kBlocks == Blocks::k32 ? 2 : 4;  // a scale
+  float part[kN][4] = {}, x_sum[kN][4] = {};
 #pragma unroll
   for (int pair = 0; pair < kFragmentsPerTile / 2; ++pair) {
-    uint32_t b[4];
-    LoadMatrix4(b, x + pair * 64);
-    float part[4] = {}, x_sum[4] = {};
+    uint32_t b[kN][4];
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
+    for (int n = 0; n < kN; ++n)
+      if (n == 0 || second) LoadMatrix4(b[n], x[n] + tile * (kTileK * 2) + pair * 64);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int step = 2 * pair + half;
       T2Of<T> w[4];
       uint32_t a[4];
-      tile.codes.Dequant(Codebook<F>(args), 2 * pair + step, w);
+      codes.Dequant(Codebook<F>(args), step, w);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = reinterpret_cast<const uint32_t&>(w[i]);
-      constexpr bool kDirect = kBlocks == Blocks::kPerChannel && !kOffsets;
-      Mma<T>(kDirect ? sums : part, a, b[2 * step], b[2 * step + 1]);
-      if constexpr (kOffsets) Mma<T>(x_sum, kOnesA, b[2 * step], b[2 * step + 1]);
-      if (kDirect || (kBlocks != Blocks::k16 && step == 0)) continue;
-      const int p = kBlocks == Blocks::k16 ? 2 * pair + step : kBlocks == Blocks::k32 ? pair : 0;
-      if constexpr (kOffsets) AddScaled(x_sum, tile.offsets[p], part);
-      AddScaled(part, kBlocks == Blocks::kPerChannel ? __float2half2_rn(1.0f) : tile.scales[p],
-                sums);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) part[c] = x_sum[c] = 0;
-    }
-  }
-}
-
-/// Adds up the slices of each row tile, in their order, and stores the results. `staged` is [kRows, kSumStride], 16 sums of
-/// each warp.
-template <class T, int kSplit>
-__device__ void Finish(const CudaGemmArgs& args, const RowTile& tile, int first_row_tile,
-                       float* staged) {
-  constexpr int kBlockTiles = kWarps / kSplit, kColumns = kBlockTiles * kTileRows;
-  constexpr int kPerThread = (kRows * kColumns + kThreads - 1) / kThreads;
-  float totals[kPerThread] = {};
+      for (int n = 0; n < kN; ++n) {
+        if (n > 0 && !second) break;
+        Mma<T>(part[n], a, b[n][2 * half], b[n][2 * half + 1]);
+        if constexpr (kOffsets) Mma<T>(x_sum[n], kOnesA, b[n][2 * half], b[n][2 * half + 1]);
+      }
+      if ((step + 1) % kSteps != 0) continue;
+      const float2 scale = __half22float2(scales[step / kSteps]);
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int index = i * kThreads + threadIdx.x, row = index / kColumns, column = index % kColumns;
-    if (row >= kRows) continue;
-    const float* parts =
-        staged + row * kSumStride + column / kTileRows * kSplit * kTileRows + column % kTileRows;
+      for (int n = 0; n < kN; ++n) {
+        if (n > 0 && !second) break;
+        if constexpr (kOffsets)
+          AddScaled(x_sum[n], __half22float2(offsets[step / kSteps]), part[n]);
+        AddScaled(part[n], scale, sums[n]);
 #pragma unroll
-    for (int s = 0; s < kSplit; ++s) totals[i] += parts[s * kTileRows];
-  }
-  __syncthreads();  // all have read: row tiles move together
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int index = i * kThreads + threadIdx.x, row = index / kColumns;
-    if (row < kRows) staged[row * kSumStride + index % kColumns] = totals[i];
-  }
-  __syncthreads();
-  StoreRowTile<T, kThreads, kBlockTiles>(args, tile, first_row_tile, staged, kSumStride);
-}
-
-template <class F, class T, Blocks kBlocks, bool kOffsets>
-__global__ void __launch_bounds__(kThreads, kOffsets || F::kBits == 8 ? 2 : 3)
-    gemv_sm80(const __grid_constant__ CudaGemmArgs args, const __grid_constant__ Plan plan) {
-  constexpr int kDeep = kDepth<F>;
-  const int split = plan.split, block_tiles = kWarps / split;  // weight row tiles of a block
-  const unsigned weight_blocks = (args.row_tiles + block_tiles - 1) / block_tiles;
-  const int first_row_tile = blockIdx.x % weight_blocks * block_tiles;
-  RowTile tile;
-  if (!GetRowTile(args, blockIdx.x / weight_blocks, &tile)) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // Row tiles beyond the last repeat it; what they give is not stored.
-  const int row_tile = min(first_row_tile + warp / split, args.row_tiles - 1);
-  char* shared = DynamicShared();
-
-  const uint8_t* codes = TileCodes(args, tile.expert, row_tile) + lane * LaneChunkBytes(F::kBits);
-  const int64_t slots = TileScales(args, tile.expert, row_tile) / 2 + lane / 4;  // pairs
-  const __half2* scales = static_cast<const __half2*>(args.block_scales) + slots;
-  const __half2* offsets = static_cast<const __half2*>(args.zero_offsets) + slots;
-  // Keep them: the compiler would rather compute them anew for each tile.
-  asm volatile("" : "+l"(codes), "+l"(scales), "+l"(offsets));
-  const int x_row = lane % 8 < tile.row_count ? lane % 8 : 0;
-  const char* lane_x = shared + x_row * plan.x_stride + lane / 8 * 16;
-
-  float sums[4] = {};
-  const int k_tiles = (args.k + kTileK - 1) / kTileK;
-  for (int begin = 0; begin < k_tiles; begin += plan.chunk_tiles) {
-    const int end = min(begin + plan.chunk_tiles, k_tiles);
-    // This warp's tiles: every split-th, the first ones loaded before anybody waits.
-    int k_tile = begin + warp % split;
-    WeightTile<F, kBlocks, kOffsets> weights[kDeep];
-#pragma unroll
-    for (int d = 0; d < kDeep; ++d)
-      if (k_tile + d * split < end)
-        weights[d].Load(codes, scales, offsets, args.block_shift, k_tile + d * split);
-    if (begin > 0) __syncthreads();  // the last chunk of x has been read
-    StageX<T>(args, tile, begin, end - begin, plan.x_stride, shared);
-    __syncthreads();
-    const char* x = lane_x + (k_tile - begin) * (kTileK * 2);
-    while (k_tile < end) {
-#pragma unroll
-      for (int d = 0; d < kDeep; ++d) {
-        if (k_tile >= end) break;
-        Accumulate<F, T, kBlocks, kOffsets>(args, weights[d], x, sums);
-        if (const int next = k_tile + kDeep * split; next < end)
-          weights[d].Load(codes, scales, offsets, args.block_shift, next);
-        k_tile += split;
-        x += split * (kTileK * 2);
+        for (int c = 0; c < 4; ++c) part[n][c] = x_sum[n][c] = 0;
       }
     }
   }
-  __syncthreads();  // x has been read
+}
 
-  float* staged = reinterpret_cast<float*>(shared);
+/// Row scale, bias, activation; stores what lane (g, t) has of a unit: tile rows g and g + 8 of rows 8 n + 2t, 2t + 1 of x.
+template <class T, int kN>
+__device__ void Finish(const CudaGemmArgs& args, const RowTile& tile, int row_tile, int lane,
+                       const float (&sums)[kN][4]) {
+  const int64_t at = (int64_t(tile.expert) * args.row_tiles + row_tile) * kTileRows + lane / 4 * 2;
+  const float2 scale = *reinterpret_cast<const float2*>(args.row_scales + at);
+  const float2 bias = args.bias != nullptr ? *reinterpret_cast<const float2*>(args.bias + at)
+                                           : make_float2(0.0f, 0.0f);
+  const int per_tile = args.gated ? kTileRows / 2 : kTileRows;
+  const int column = row_tile * per_tile + lane / 4, columns = args.gated ? args.n / 2 : args.n;
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const int row = lane % 4 * 2 + c % 2, tile_row = lane / 4 + c / 2 * 8;
-    staged[row * kSumStride + warp * kTileRows + tile_row] = sums[c];
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int row = n * 8 + lane % 4 * 2 + c;
+      if (row >= tile.row_count) continue;
+      const float v = sums[n][c] * scale.x + bias.x, u = sums[n][c + 2] * scale.y + bias.y;
+      const int64_t y_row = tile.row_begin + row;
+      if (column < columns) StoreY<T>(args, y_row, column, Activate(args.activation, v, u));
+      if (!args.gated && column + 8 < columns)
+        StoreY<T>(args, y_row, column + 8, Activate(args.activation, u, 0.0f));
+    }
   }
-  __syncthreads();
-  if (split == 8)
-    Finish<T, 8>(args, tile, first_row_tile, staged);
-  else if (split == 4)
-    Finish<T, 4>(args, tile, first_row_tile, staged);
-  else
-    Finish<T, 2>(args, tile, first_row_tile, staged);
+}
+
+/// Rows of x of `slots` slots, to shared memory. Waits for nothing.
+template <class T>
+__device__ void StageX(const CudaGemmArgs& args, const Plan& plan, const RowTile* tiles, int slots,
+                       const int* row_token, char* shared) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(args.x) | (args.x_stride * sizeof(T));
+  const bool aligned = bits % 16 == 0 && args.k % 8 == 0;
+  const int chunks = (args.k + kTileK - 1) / kTileK * 8;
+  for (int slot = 0; slot < slots; ++slot) {
+    const RowTile tile = tiles[slot];
+    for (int index = threadIdx.x; index < tile.row_count * chunks; index += kThreads) {
+      const int row = plan.x_chunks.Divide(index), k = (index - row * chunks) * 8;
+      const int sorted = tile.row_begin + row;
+      const T* source = row_token != nullptr
+                            ? static_cast<const T*>(args.x) + row_token[sorted] * args.x_stride
+                            : XRow<T>(args, sorted);
+      char* target = shared + (slot * plan.slot_rows + row) * plan.row_stride + k * int(sizeof(T));
+      if (aligned) {
+        CopyAsync16(target, k < args.k ? source + k : source, k < args.k);
+        continue;
+      }
+      uint4 value{};
+      T* values = reinterpret_cast<T*>(&value);
+      for (int e = 0; e < 8; ++e)
+        if (k + e < args.k) values[e] = source[k + e];
+      *reinterpret_cast<uint4*>(target) = value;
+    }
+  }
+  CopyAsyncCommit();
+}
+
+template <class F, class T, Blocks kBlocks, bool kOffsets, int kN>
+__global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
+    gemv_sm80(const __grid_constant__ CudaGemmArgs args, const __grid_constant__ Plan plan,
+              const __grid_constant__ FusedRoute fused) {
+  using Stage = gemv_sm80::Stage<F, kBlocks, kOffsets, kN>;
+  __shared__ RouteTable route;
+  __shared__ RowTile tiles[kMaxSlots];  // of the slots at hand
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint32_t ring = SharedAddress(DynamicShared()) + warp * Stage::kRing;
+  asm volatile("" : "+r"(ring));  // keep it: the compiler would rather compute it anew each time
+  float4* const parts = reinterpret_cast<float4*>(DynamicShared() + kWarps * Stage::kRing);
+  char* const shared_x = reinterpret_cast<char*>(parts) + kPartBytes<kN>;
+
+  if (args.tiles_are_new) WaitForPrevious();
+  LetNextStart();
+  int slots = args.tiles != nullptr ? *args.tile_count : int(args.max_tiles);
+  if (fused.enabled) {
+    RouteInBlock(fused, route);
+    slots = route.slots;
+  }
+  const int units = slots * args.row_tiles, k_tiles = (args.k + kTileK - 1) / kTileK;
+  const int share = plan.blocks.Divide(units), more = units - share * int(gridDim.x);
+  const int block = int(blockIdx.x);  // the first `more` blocks take one more
+  int begin = block * share + min(block, more);
+  const int block_end = begin + share + (block < more);
+  while (begin < block_end) {
+    const int first_slot = plan.row_tiles.Divide(begin);
+    const int end = min(block_end, (first_slot + plan.slots) * args.row_tiles);
+    const int used = plan.row_tiles.Divide(end - 1) - first_slot + 1;
+    if (threadIdx.x < used) {
+      RowTile tile;
+      if (fused.enabled)
+        tile = route.tiles[first_slot + threadIdx.x];
+      else
+        GetRowTile(args, first_slot + threadIdx.x, &tile);
+      tiles[threadIdx.x] = tile;
+    }
+    __syncthreads();
+
+    // This warp's k tiles [first, last) of those of units [begin, end).
+    const int total = (end - begin) * k_tiles;
+    const int first = warp * total / kWarps, last = (warp + 1) * total / kWarps;
+    const int first_unit = plan.k_tiles.Divide(first);  // of the block's
+    const int load_slot = plan.row_tiles.Divide(begin + first_unit);
+    Loader<F, kBlocks, kOffsets, kN> loader(
+        args, ring, tiles + load_slot - first_slot, begin + first_unit - load_slot * args.row_tiles,
+        first - first_unit * k_tiles, last - first, k_tiles, lane);
+    for (int i = 0; i < Stage::kDepth - 1; ++i) loader.Load(args);
+    if (args.overlap == Overlap::kPrevious && !args.tiles_are_new) loader.Prefetch(args);
+    for (int unit = begin + threadIdx.x; unit < end; unit += kThreads) {
+      const int slot = plan.row_tiles.Divide(unit);
+      const int64_t at = (int64_t(tiles[slot - first_slot].expert) * args.row_tiles + unit -
+                          slot * args.row_tiles) *
+                         kTileRows;
+      PrefetchL2(args.row_scales + at);
+      if (args.bias != nullptr) PrefetchL2(args.bias + at);
+    }
+    WaitForPrevious();
+    StageX<T>(args, plan, tiles, used,
+              fused.enabled && fused.x_is_tokens ? route.row_token : nullptr, shared_x);
+    CopyAsyncWait<0>();
+    __syncthreads();
+
+    float sums[kN][4] = {};
+    int stage = 0;
+    for (int position = first; position < last;) {
+      // The part of a unit that is this warp's.
+      const int unit = plan.k_tiles.Divide(position), unit_first = unit * k_tiles;
+      const int unit_last = min(last, unit_first + k_tiles);
+      const int all_slot = plan.row_tiles.Divide(begin + unit), slot = all_slot - first_slot;
+      const int rows = tiles[slot].row_count;
+      uint32_t x[kN];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const int row = n * 8 + lane % 8;
+        x[n] = SharedAddress(shared_x) + lane / 8 * 16 + (position - unit_first) * (kTileK * 2) +
+               (slot * plan.slot_rows + (row < rows ? row : 0)) * plan.row_stride;
+      }
+      const bool whole = position == unit_first && unit_last == unit_first + k_tiles;
+      while (position < unit_last) {
+        CopyAsyncWait<Stage::kDepth - 2>();
+        __syncwarp();  // the stage has arrived for all lanes, and all have read the one before
+        loader.Load(args);
+#pragma unroll
+        for (int tile = 0; tile < Stage::kTiles; ++tile)
+          if (tile == 0 || position + tile < unit_last)
+            Accumulate<F, T, kBlocks, kOffsets, kN>(args, ring + stage, tile, lane, x, rows > 8,
+                                                    sums);
+        position += Stage::kTiles;
+        stage = stage == Stage::kRing - Stage::kBytes ? 0 : stage + Stage::kBytes;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) x[n] += Stage::kTiles * (kTileK * 2);
+      }
+      position = unit_last;
+      if (whole) {
+        Finish<T, kN>(args, tiles[slot], begin + unit - all_slot * args.row_tiles, lane, sums);
+      } else {
+        const int part = warp * 2 + (unit != first_unit);
+#pragma unroll
+        for (int n = 0; n < kN; ++n)
+          parts[(part * kN + n) * 32 + lane] =
+              make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+      }
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums[n][c] = 0;
+    }
+    __syncthreads();
+
+    // The unit that this warp's range begins inside of, unless an earlier warp's does too.
+    const int earlier = warp > 0 ? (warp - 1) * total / kWarps : 0;
+    if (first > first_unit * k_tiles && earlier <= first_unit * k_tiles) {
+      for (int w = warp - 1; w < kWarps; ++w) {
+        const int from = w * total / kWarps, to = (w + 1) * total / kWarps;
+        if (from == to) continue;
+        const int part = w * 2 + (first_unit != plan.k_tiles.Divide(from));
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          const float4 v = parts[(part * kN + n) * 32 + lane];
+          sums[n][0] += v.x, sums[n][1] += v.y, sums[n][2] += v.z, sums[n][3] += v.w;
+        }
+        if (to >= (first_unit + 1) * k_tiles) break;
+      }
+      const int slot = plan.row_tiles.Divide(begin + first_unit);
+      Finish<T, kN>(args, tiles[slot - first_slot], begin + first_unit - slot * args.row_tiles,
+                    lane, sums);
+    }
+    __syncthreads();  // the next round may overwrite
+    begin = end;
+  }
+  WaitForPrevious();  // blocks without work too: this kernel's end says that the one before has ended
 }
 
 template <class F>
 struct Gemm {
   static constexpr int kMinSm = kFirstSm, kMaxSm = kLastSm;
   static constexpr int kPriority = 40;
-  static constexpr char kLimits[] = "few rows: at most 16 over all experts, 4 without experts";
+  static constexpr char kLimits[] = "few rows: 10 an expert on average, 16 without experts";
   static std::vector<DType> DTypes() { return {DType::kFloat16, DType::kBFloat16}; }
+
+  static int64_t MostRows(const GemmProblem& p) {
+    const int64_t used = std::max<int64_t>(std::min(p.rows, p.experts), 1);
+    return p.experts == 1 ? 16 : 10 * used;
+  }
 
   static std::string Refuse(const GemmProblem& p) {
     if (F::kCodebook) return "values of a codebook are not exact in 16 bits";
-    // Each block brings all rows of x to its shared memory; for more rows that outweighs the weights.
-    const int64_t most = p.experts == 1 ? 4 : 16;
-    if (p.rows > most) return Concat(p.rows, " rows; it takes at most ", most);
+    // Beyond that weights are read more than once, or arithmetic outweighs them.
+    if (p.rows > MostRows(p)) return Concat(p.rows, " rows; it takes at most ", MostRows(p));
+    if (MakePlan(TileRows(p), p.k, p.sm).slots == 0)
+      return Concat("rows of ", p.k, " values do not fit into shared memory");
     return RefuseBlockSize(p);
   }
 
-  static int TileRows(const GemmProblem&) { return kRows; }
+  /// Twice what an expert gets on average, but not more than there are tokens: few experts need two tiles.
+  static int TileRows(const GemmProblem& p) {
+    const int64_t used = std::max<int64_t>(std::min(p.rows, p.experts), 1);
+    const int64_t tokens = p.experts == 1 ? p.rows : p.rows / std::max<int64_t>(p.topk, 1);
+    int64_t rows = std::clamp<int64_t>(tokens, 1, p.rows <= 2 * used ? 8 : 16);
+    while (rows > 1 && MakePlan(int(rows), p.k, p.sm).slots == 0) rows = (rows + 1) / 2;
+    return int(rows);
+  }
 
-  static Plan MakePlan(const CudaGemmArgs& args) {
-    const int k_tiles = (args.k + kTileK - 1) / kTileK;
-    const int rows = int(std::min<int64_t>(kRows, args.rows));
-    Plan plan;
-    // As many slices as leave each warp some k tiles to overlap; but few row tiles must fill the GPU too.
-    plan.split = k_tiles >= 24 || args.row_tiles <= 64 ? 8 : k_tiles >= 10 ? 4 : 2;
-    plan.chunk_tiles = std::min(k_tiles, kXBytes / (rows * kTileK * 2));
-    plan.x_stride = plan.chunk_tiles * kTileK * 2 + 16;
+  static Plan MakePlan(int tile_rows, int64_t k, int sm) {
+    Plan plan{};
+    plan.slot_rows = tile_rows;
+    plan.row_stride = int((k + kTileK - 1) / kTileK * kTileK * 2 + 16);
+    const int64_t slot_bytes = int64_t(tile_rows) * plan.row_stride;
+    const int64_t room =
+        SharedLimit(sm) - kStaticBytes - (tile_rows > 8 ? kFixedBytes<2> : kFixedBytes<1>);
+    plan.slots = int(std::min<int64_t>(kMaxSlots - 1, room / slot_bytes));
     return plan;
   }
 
-  /// fn(kernel) for the combination.
+  static constexpr int kStaticBytes = 3 << 10;  // of shared memory, at most
+  static_assert(sizeof(RouteTable) + kMaxSlots * sizeof(RowTile) <= kStaticBytes);
+
+  /// Parts, and the largest ring of any scales.
+  template <int kN>
+  static constexpr int kFixedBytes =
+      kPartBytes<kN> + kWarps * Stage<F, Blocks::k16, F::kZeroPoints, kN>::kRing;
+
+  /// fn(kernel, its shared memory but for x) for the combination.
   template <class Fn>
-  static void WithKernel(DType dtype, Blocks blocks, bool offsets, Fn&& fn) {
+  static void WithKernel(DType dtype, Blocks blocks, bool offsets, int tile_rows, Fn&& fn) {
     if constexpr (F::kCodebook) return;  // refused
-    const auto with_type = [&](auto type) {
-      using T = decltype(type);
-      const auto with_blocks = [&]<Blocks kBlocks>() {
-        offsets ? fn(&gemv_sm80<F, T, kBlocks, true>) : fn(&gemv_sm80<F, T, kBlocks, false>);
+    const auto with_rows = [&]<class T, Blocks kBlocks, bool kOffsets>() {
+      const auto with_n = [&]<int kN>() {
+        fn(&gemv_sm80<F, T, kBlocks, kOffsets, kN>,
+           kPartBytes<kN> + kWarps * Stage<F, kBlocks, kOffsets, kN>::kRing);
       };
-      if (blocks == Blocks::kPerChannel)
-        with_blocks.template operator()<Blocks::kPerChannel>();
-      else if (blocks == Blocks::k16)
-        with_blocks.template operator()<Blocks::k16>();
-      else
-        with_blocks.template operator()<Blocks::k32>();
+      tile_rows > 8 ? with_n.template operator()<2>() : with_n.template operator()<1>();
     };
-    dtype == DType::kFloat16 ? with_type(__half()) : with_type(__nv_bfloat16());
+    const auto with_blocks = [&]<class T, Blocks kBlocks>() {
+      if constexpr (F::kZeroPoints) {
+        if (offsets) return with_rows.template operator()<T, kBlocks, true>();
+      }
+      with_rows.template operator()<T, kBlocks, false>();
+    };
+    const auto with_type = [&]<class T>() {
+      if (blocks == Blocks::k16)
+        with_blocks.template operator()<T, Blocks::k16>();
+      else if (blocks == Blocks::k32)
+        with_blocks.template operator()<T, Blocks::k32>();
+      else
+        with_blocks.template operator()<T, Blocks::kWide>();
+    };
+    dtype == DType::kFloat16 ? with_type.template operator()<__half>()
+                             : with_type.template operator()<__nv_bfloat16>();
   }
 
-  static void Prepare(DType dtype) {
-    for (Blocks blocks : {Blocks::kPerChannel, Blocks::k16, Blocks::k32})
+  static void Prepare(DType dtype, int sm) {
+    for (Blocks blocks : {Blocks::k16, Blocks::k32, Blocks::kWide})
       for (bool offsets : {false, true})
-        WithKernel(dtype, blocks, offsets, [](auto* kernel) {
-          PrepareKernel("gemv_sm80", reinterpret_cast<const void*>(kernel), kXBytes + kRows * 16);
-        });
+        for (int rows : {8, 16})
+          WithKernel(dtype, blocks, offsets, rows, [&](auto* kernel, int) {
+            PrepareKernel("gemv_sm80", reinterpret_cast<const void*>(kernel),
+                          SharedLimit(sm) - kStaticBytes);
+          });
   }
 
   static void Launch(const CudaGemmArgs& args, cudaStream_t stream) {
-    const Plan plan = MakePlan(args);
-    const int rows = int(std::min<int64_t>(kRows, args.rows));
-    const int block_tiles = kWarps / plan.split;
-    const int64_t weight_blocks = (args.row_tiles + block_tiles - 1) / block_tiles;
-    const int shared_bytes = std::max(rows * plan.x_stride, kSumBytes);
-    const Blocks blocks = args.block_scales == nullptr ? Blocks::kPerChannel
-                          : args.block_shift == 4      ? Blocks::k16
-                                                       : Blocks::k32;
-    WithKernel(args.dtype, blocks, args.zero_offsets != nullptr, [&](auto* kernel) {
-      ::qmoe_plugin::Launch("gemv_sm80", kernel, args.max_tiles * weight_blocks, kThreads,
-                            shared_bytes, stream, args, plan);
-    });
+    LaunchRouted(args, FusedRoute{}, stream);
+  }
+
+  static void LaunchRouted(const CudaGemmArgs& args, const FusedRoute& fused, cudaStream_t stream) {
+    Plan plan = MakePlan(args.tile_rows, args.k, args.sm);
+    const int64_t blocks = std::min<int64_t>(args.multiprocessors, args.max_tiles * args.row_tiles);
+    const int k_tiles = (args.k + kTileK - 1) / kTileK;
+    plan.k_tiles = FastDivisor(k_tiles), plan.x_chunks = FastDivisor(k_tiles * 8);
+    plan.row_tiles = FastDivisor(args.row_tiles), plan.blocks = FastDivisor(uint32_t(blocks));
+    const Blocks scales = args.block_shift == 4   ? Blocks::k16
+                          : args.block_shift == 5 ? Blocks::k32
+                                                  : Blocks::kWide;
+    WithKernel(args.dtype, scales, args.zero_offsets != nullptr, args.tile_rows,
+               [&](auto* kernel, int fixed_bytes) {
+                 const int shared_bytes =
+                     fixed_bytes + plan.slots * plan.slot_rows * plan.row_stride;
+                 ::qmoe_plugin::Launch("gemv_sm80", kernel, blocks, kThreads, shared_bytes,
+                                       args.overlap, stream, args, plan, fused);
+               });
   }
 };
 

@@ -135,7 +135,7 @@ struct Gemm {
   static std::string Refuse(const GemmProblem& p) { return RefuseBlockSize(p); }
   static int TileRows(const GemmProblem&) { return kRows; }
 
-  static void Prepare(DType dtype) {
+  static void Prepare(DType dtype, int) {
     WithType(dtype, [](auto type) {
       PrepareKernel("grouped_gemm_dequant",
                     reinterpret_cast<const void*>(&grouped_gemm_dequant<F, decltype(type)>));

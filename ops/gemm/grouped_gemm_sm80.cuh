@@ -298,7 +298,7 @@ struct Gemm {
               : WithKernel<__nv_bfloat16, false>(rows, fn);
   }
 
-  static void Prepare(DType dtype) {
+  static void Prepare(DType dtype, int) {
     for (int rows : {16, 32, 64})
       for (bool offsets : {false, true})
         WithKernel(dtype, rows, offsets, [](auto* kernel, int shared_bytes) {

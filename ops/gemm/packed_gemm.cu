@@ -27,9 +27,12 @@ PackedGemm::PackedGemm(const Device& device, const GemmProblem& problem,
   QMOE_REQUIRE(problem.n <= kMaxExtent && problem.k <= kMaxExtent, Describe(problem),
                " is too large; the CUDA kernels take up to ", kMaxExtent, " rows and columns");
   const DeviceScope scope(device.index);
+  problem_.sm = device.sm;
+  CheckCuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device.index),
+            "asking for the number of multiprocessors");
   for (const Verdict& verdict : Explain(device, problem)) {
     if (!MayRun(*verdict.kernel, device, problem.dtype)) continue;
-    GemmOf(*verdict.kernel)->prepare(problem.dtype);
+    GemmOf(*verdict.kernel)->prepare(problem.dtype, device.sm);
     candidates_.push_back(verdict.kernel);
   }
   Choose(1);  // fails now rather than in a run if no kernel takes the problem
@@ -77,6 +80,8 @@ CudaGemmArgs PackedGemm::Args(const Choice& choice) const {
   args.gated = weights_.gated();
   args.tile_rows = choice.tile_rows;
   args.activation = activation_;
+  args.sm = device_.sm;
+  args.multiprocessors = multiprocessors_;
   return args;
 }
 

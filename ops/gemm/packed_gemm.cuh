@@ -38,6 +38,7 @@ class PackedGemm {
   GemmProblem problem_;
   ActivationParams activation_;
   PackedWeights weights_;
+  int multiprocessors_ = 0;
   std::vector<const Kernel*> candidates_;  // highest priority first
 };
 

@@ -1,6 +1,7 @@
 #include "ops/qmoe/permute.cuh"
 
 #include "ops/common/cuda_host.h"
+#include "ops/common/ptx.cuh"
 
 namespace qmoe_plugin {
 namespace {
@@ -54,6 +55,8 @@ __global__ void __launch_bounds__(kThreads) permute_offsets(const PermuteArgs ar
   __shared__ int warp_sums[3][kWarps];
   counts[threadIdx.x] = 0;
   __syncthreads();
+  LetNextStart();
+  WaitForPrevious();
   for (int row = threadIdx.x; row < args.rows; row += kThreads) {
     const int expert = args.expert_ids[row];
     if (row < kFewRows) few_ids[row] = expert;
@@ -81,6 +84,8 @@ __global__ void __launch_bounds__(kThreads) permute_offsets(const PermuteArgs ar
 __global__ void __launch_bounds__(kThreads) permute_rows(const PermuteArgs args) {
   __shared__ int warp_counts[2][kWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, expert = blockIdx.x;
+  LetNextStart();
+  WaitForPrevious();
   int next = args.expert_offsets[expert];
   const int end = args.expert_offsets[expert + 1];
   for (int first = 0, turn = 0; next < end; first += kThreads, turn ^= 1) {
@@ -100,9 +105,9 @@ __global__ void __launch_bounds__(kThreads) permute_rows(const PermuteArgs args)
 }  // namespace
 
 void LaunchPermute(const PermuteArgs& args, cudaStream_t stream) {
-  Launch("permute_offsets", &permute_offsets, 1, kThreads, 0, stream, args);
+  Launch("permute_offsets", &permute_offsets, 1, kThreads, 0, args.overlap, stream, args);
   if (args.rows > kFewRows)
-    Launch("permute_rows", &permute_rows, args.experts, kThreads, 0, stream, args);
+    Launch("permute_rows", &permute_rows, args.experts, kThreads, 0, args.overlap, stream, args);
 }
 
 void PreparePermute() {

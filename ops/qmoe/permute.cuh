@@ -21,6 +21,7 @@ struct PermuteArgs {
   int* row_token;       // [rows] token of each sorted row
   int* sorted_row;      // [rows] sorted row of each (token, slot)
   RowTileList fc1, fc2;
+  Overlap overlap;  // with the kernel before
 };
 
 /// Stable: rows of one expert keep the order of their tokens.

@@ -1,5 +1,6 @@
 // QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute. With quantised activations
-// x is quantised into the workspace before fc1, the hidden rows in place before fc2.
+// x is quantised into the workspace before fc1, the hidden rows in place before fc2. For few tokens
+// fc1 and fc2 route by themselves where their kernels can, and three launches are left.
 //
 // Long inputs are processed in chunks of tokens, one after the other in the same workspace, so that
 // the intermediate rows take at most kChunkBytes. Each token's output depends on its own input row
@@ -24,6 +25,9 @@ namespace {
 constexpr int64_t kChunkBytes = int64_t(256) << 20;
 constexpr int64_t kMinChunkTokens = 16;
 
+/// Up to so many rows of fc2 are kept in float32 until they are added up; more would cost bandwidth.
+constexpr int64_t kMaxFloatRows = 1024;
+
 /// Hands out pieces of the workspace, 256-byte aligned; from a null base it only counts.
 class Arena {
  public:
@@ -47,6 +51,7 @@ GemmProblem Problem(GemmStage stage, const MoeConfig& config, const PackSource& 
   problem.dtype = config.dtype;
   problem.format = &source.format();
   problem.experts = config.experts;
+  problem.topk = config.topk;
   problem.n = source.rows();
   problem.k = source.k();
   problem.block_size = source.block_size();
@@ -106,6 +111,7 @@ class CudaQMoe final : public QMoe {
     char* x;       // quantised: [T, H], or [T * k, H] sorted rows where experts differ
     char* hidden;  // [T * k, I] sorted rows
     char* y;       // [T * k, H] sorted rows
+    bool y_is_float;
   };
 
   bool Quantizes() const { return config_.activation_quant != ActivationQuant::kNone; }
@@ -146,7 +152,8 @@ class CudaQMoe final : public QMoe {
     b.fc2_tile_count = arena.Take<int>(1);
     b.x = arena.Take<char>(QuantizedRows(tokens) * config_.hidden_size * size);
     b.hidden = arena.Take<char>(rows * config_.inter_size * size);
-    b.y = arena.Take<char>(rows * config_.hidden_size * size);
+    b.y_is_float = config_.dtype != DType::kFloat32 && rows <= kMaxFloatRows;
+    b.y = arena.Take<char>(rows * config_.hidden_size * (b.y_is_float ? 4 : size));
     return b;
   }
 
@@ -157,6 +164,73 @@ class CudaQMoe final : public QMoe {
     const Buffers b = Plan(tokens, arena);
     const int64_t row_bytes = config_.hidden_size * int64_t(SizeOf(config_.dtype));
 
+    const RouteArgs route = Route(tensors, first, tokens, b);
+    const int rows = int(tokens * config_.topk);
+    const Overlap overlap = CanOverlap(device_.sm) ? Overlap::kPrevious : Overlap::kNone;
+
+    CudaGemmArgs fc1 = fc1_.Args(b.fc1);
+    fc1.x = static_cast<const char*>(tensors.input) + first * row_bytes;
+    fc1.x_stride = config_.hidden_size;
+    fc1.x_rows = b.row_token;
+    fc1.tiles = b.fc1_tiles, fc1.tile_count = b.fc1_tile_count, fc1.max_tiles = b.fc1_max_tiles;
+    fc1.rows = rows;
+    fc1.y = b.hidden;
+    fc1.y_stride = config_.inter_size;
+
+    CudaGemmArgs fc2 = fc2_.Args(b.fc2);
+    fc2.x = b.hidden;
+    fc2.x_stride = config_.inter_size;
+    fc2.tiles = b.fc2_tiles, fc2.tile_count = b.fc2_tile_count, fc2.max_tiles = b.fc2_max_tiles;
+    fc2.rows = rows;
+    fc2.y = b.y;
+    fc2.y_stride = config_.hidden_size;
+    fc2.y_is_float = b.y_is_float;
+    fc2.overlap = overlap;
+
+    if (MayFuse(tokens, b)) {
+      FusedRoute fused{.enabled = true, .x_is_tokens = true, .route = route, .sorted_row = nullptr};
+      fused.route.scales = nullptr;
+      fc1.tiles = fc2.tiles = nullptr;
+      b.fc1.gemm->launch_routed(fc1, fused, stream);
+      b.fc2.gemm->launch_routed(
+          fc2, {.enabled = true, .x_is_tokens = false, .route = route, .sorted_row = b.sorted_row},
+          stream);
+    } else {
+      LaunchRoute(route, stream);
+      LaunchPermute({.expert_ids = b.expert_ids,
+                     .rows = rows,
+                     .experts = route.experts,
+                     .topk = route.topk,
+                     .expert_offsets = b.expert_offsets,
+                     .row_token = b.row_token,
+                     .sorted_row = b.sorted_row,
+                     .fc1 = {b.fc1.tile_rows, b.fc1_tiles, b.fc1_tile_count},
+                     .fc2 = {b.fc2.tile_rows, b.fc2_tiles, b.fc2_tile_count},
+                     .overlap = overlap},
+                    stream);
+      fc1.overlap = overlap;
+      fc1.tiles_are_new = true;
+      if (Quantizes()) QuantizeX(b, tokens, fc1, stream);
+      b.fc1.gemm->launch(fc1, stream);
+      if (Quantizes()) QuantizeHidden(b, rows, stream);
+      b.fc2.gemm->launch(fc2, stream);
+    }
+
+    LaunchUnpermute({.dtype = config_.dtype,
+                     .y_is_float = b.y_is_float,
+                     .y = b.y,
+                     .sorted_row = b.sorted_row,
+                     .scales = b.scales,
+                     .tokens = int(tokens),
+                     .topk = route.topk,
+                     .hidden_size = int(config_.hidden_size),
+                     .output = static_cast<char*>(tensors.output) + first * row_bytes,
+                     .overlap = overlap},
+                    stream);
+  }
+
+  RouteArgs Route(const MoeTensors& tensors, int64_t first, int64_t tokens,
+                  const Buffers& b) const {
     RouteArgs route{};
     route.logits_dtype = tensors.router_probs_dtype;
     route.logits = RowsFrom(tensors.router_probs, route.logits_dtype, first);
@@ -170,50 +244,15 @@ class CudaQMoe final : public QMoe {
     route.sparse_mixer = config_.use_sparse_mixer;
     route.expert_ids = b.expert_ids;
     route.scales = b.scales;
-    LaunchRoute(route, stream);
+    return route;
+  }
 
-    const int rows = int(tokens * config_.topk);
-    LaunchPermute({.expert_ids = b.expert_ids,
-                   .rows = rows,
-                   .experts = route.experts,
-                   .topk = route.topk,
-                   .expert_offsets = b.expert_offsets,
-                   .row_token = b.row_token,
-                   .sorted_row = b.sorted_row,
-                   .fc1 = {b.fc1.tile_rows, b.fc1_tiles, b.fc1_tile_count},
-                   .fc2 = {b.fc2.tile_rows, b.fc2_tiles, b.fc2_tile_count}},
-                  stream);
-
-    CudaGemmArgs fc1 = fc1_.Args(b.fc1);
-    fc1.x = static_cast<const char*>(tensors.input) + first * row_bytes;
-    fc1.x_stride = config_.hidden_size;
-    fc1.x_rows = b.row_token;
-    fc1.tiles = b.fc1_tiles, fc1.tile_count = b.fc1_tile_count, fc1.max_tiles = b.fc1_max_tiles;
-    fc1.rows = rows;
-    fc1.y = b.hidden;
-    fc1.y_stride = config_.inter_size;
-    if (Quantizes()) QuantizeX(b, tokens, fc1, stream);
-    b.fc1.gemm->launch(fc1, stream);
-
-    if (Quantizes()) QuantizeHidden(b, rows, stream);
-    CudaGemmArgs fc2 = fc2_.Args(b.fc2);
-    fc2.x = b.hidden;
-    fc2.x_stride = config_.inter_size;
-    fc2.tiles = b.fc2_tiles, fc2.tile_count = b.fc2_tile_count, fc2.max_tiles = b.fc2_max_tiles;
-    fc2.rows = rows;
-    fc2.y = b.y;
-    fc2.y_stride = config_.hidden_size;
-    b.fc2.gemm->launch(fc2, stream);
-
-    LaunchUnpermute({.dtype = config_.dtype,
-                     .y = b.y,
-                     .sorted_row = b.sorted_row,
-                     .scales = b.scales,
-                     .tokens = int(tokens),
-                     .topk = route.topk,
-                     .hidden_size = int(config_.hidden_size),
-                     .output = static_cast<char*>(tensors.output) + first * row_bytes},
-                    stream);
+  /// Whether fc1 and fc2 route by themselves.
+  bool MayFuse(int64_t tokens, const Buffers& b) const {
+    return tokens <= kFusedTokens && tokens * config_.topk <= kFusedRows &&
+           config_.experts <= kFusedExperts && !Quantizes() &&
+           b.fc1.gemm->launch_routed != nullptr && b.fc2.gemm->launch_routed != nullptr &&
+           std::min(b.fc1.tile_rows, b.fc2.tile_rows) >= tokens;
   }
 
   /// Quantises what fc1 reads, and makes it read that.

@@ -1,6 +1,7 @@
 #include "ops/qmoe/unpermute.cuh"
 
 #include "ops/common/cuda_host.h"
+#include "ops/common/ptx.cuh"
 #include "ops/common/types.cuh"
 
 namespace qmoe_plugin {
@@ -9,14 +10,14 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Vector {
+struct alignas(sizeof(T) * kWidth > 16 ? 16 : sizeof(T) * kWidth) Vector {
   T values[kWidth];
 };
 
 /// One thread makes kWidth neighbouring values: 16 bytes where pointers and H allow, else one.
-template <class T, int kWidth>
+template <class T, class Y, int kWidth>
 __global__ void __launch_bounds__(kThreads) unpermute(const UnpermuteArgs args) {
-  using V = Vector<T, kWidth>;
+  WaitForPrevious();
   const int vectors = args.hidden_size / kWidth;
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= int64_t(args.tokens) * vectors) return;
@@ -25,26 +26,30 @@ __global__ void __launch_bounds__(kThreads) unpermute(const UnpermuteArgs args) 
   for (int j = 0; j < args.topk; ++j) {
     const int64_t slot = token * args.topk + j;
     const float scale = args.scales[slot];
-    const V y = static_cast<const V*>(args.y)[args.sorted_row[slot] * int64_t(vectors) + column];
+    const auto y = static_cast<const Vector<Y, kWidth>*>(
+        args.y)[args.sorted_row[slot] * int64_t(vectors) + column];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sums[i] += scale * ToFloat(y.values[i]);
   }
-  V result;
+  Vector<T, kWidth> result;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) result.values[i] = FromFloat<T>(sums[i]);
-  static_cast<V*>(args.output)[token * vectors + column] = result;
+  static_cast<Vector<T, kWidth>*>(args.output)[token * vectors + column] = result;
 }
 
 /// fn(kernel, width) for the widest vectors that fit.
 template <class Fn>
-void WithKernel(DType dtype, bool vectors, Fn&& fn) {
+void WithKernel(DType dtype, bool y_is_float, bool vectors, Fn&& fn) {
   WithType(dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kWidth = 16 / sizeof(T);
-    if (vectors)
-      fn(&unpermute<T, kWidth>, kWidth);
-    else
-      fn(&unpermute<T, 1>, 1);
+    const auto with_y = [&]<class Y>() {
+      if (vectors)
+        fn(&unpermute<T, Y, kWidth>, kWidth);
+      else
+        fn(&unpermute<T, Y, 1>, 1);
+    };
+    y_is_float ? with_y.template operator()<float>() : with_y.template operator()<T>();
   });
 }
 
@@ -53,17 +58,19 @@ void WithKernel(DType dtype, bool vectors, Fn&& fn) {
 void LaunchUnpermute(const UnpermuteArgs& args, cudaStream_t stream) {
   const size_t row_bytes = size_t(args.hidden_size) * SizeOf(args.dtype);
   const bool vectors = (row_bytes | reinterpret_cast<uintptr_t>(args.output)) % 16 == 0;
-  WithKernel(args.dtype, vectors, [&](auto* kernel, int width) {
+  WithKernel(args.dtype, args.y_is_float, vectors, [&](auto* kernel, int width) {
     const int64_t threads = int64_t(args.tokens) * (args.hidden_size / width);
-    Launch("unpermute", kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, stream, args);
+    Launch("unpermute", kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, args.overlap,
+           stream, args);
   });
 }
 
 void PrepareUnpermute(DType dtype) {
-  for (bool vectors : {false, true})
-    WithKernel(dtype, vectors, [](auto* kernel, int) {
-      PrepareKernel("unpermute", reinterpret_cast<const void*>(kernel));
-    });
+  for (bool y_is_float : {false, true})
+    for (bool vectors : {false, true})
+      WithKernel(dtype, y_is_float, vectors, [](auto* kernel, int) {
+        PrepareKernel("unpermute", reinterpret_cast<const void*>(kernel));
+      });
 }
 
 }  // namespace qmoe_plugin

@@ -3,18 +3,21 @@
 
 #include <cuda_runtime.h>
 
+#include "ops/common/cuda_host.h"
 #include "ops/dtype.h"
 
 namespace qmoe_plugin {
 
 struct UnpermuteArgs {
-  DType dtype;            // of y and output
+  DType dtype;            // of output, and of y
+  bool y_is_float;        // y is float32 instead
   const void* y;          // [tokens * topk, H] sorted rows, 16-byte aligned
   const int* sorted_row;  // [tokens, topk]
   const float* scales;    // [tokens, topk]
   int tokens, topk;
   int hidden_size;  // H
   void* output;     // [tokens, H]
+  Overlap overlap;  // with the kernel before
 };
 
 /// output[t] = sum over j of scales[t, j] * y[sorted_row[t, j]], in float32 in the order of j,
