@@ -63,6 +63,15 @@ def load(path: Path) -> onnx.ModelProto:
         raise ValueError(f"{path} is not an ONNX model: {error}") from error
 
 
+def parse(content: bytes) -> onnx.ModelProto:
+    """The model of these bytes."""
+    try:
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
+    except DecodeError as error:
+        raise ValueError(f"these bytes are not an ONNX model: {error}") from error
+    return proto
+
+
 def serialize(proto: onnx.ModelProto) -> bytes:
     """The bytes of a model; a clear error if they are too many."""
     try:
@@ -81,12 +90,12 @@ def _apply_to_file(change: ChangeDomain, source: Path, output: Path) -> Retarget
     if change(decoded).modified:
         copy_domains(decoded, proto)
     provide_external_data(decoded, source.parent, output.parent)
-    _write(serialize(proto), output)
+    write(serialize(proto), output)
     change.report.log()
     return change.report
 
 
-def _write(content: bytes, path: Path) -> None:
+def write(content: bytes, path: Path) -> None:
     """Writes a file in one step, so that a failure leaves an older one intact."""
     partial = path.with_name(f"{path.name}.partial")
     try:
