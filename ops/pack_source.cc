@@ -45,10 +45,6 @@ PackSource::PackSource(const Projection& p) : name_(p.name) {
   } catch (const Error& error) {
     throw Error(error.code(), Concat(p.name, ": ", error.what()));
   }
-  QMOE_REQUIRE(
-      !(packed_.header.flags & PackedHeader::kPermutedK), p.name,
-      " was packed with a g_idx, whose order of K is not in the bytes; give the weights as "
-      "they are");
 }
 
 const Format& PackSource::format() const {

@@ -167,6 +167,9 @@ PackedHeader ReadPackedHeader(const void* bytes, size_t size) {
   const bool codebook = (header.flags & PackedHeader::kCodebook) != 0;
   QMOE_REQUIRE(Plausible(header) && codebook == format.codebook,
                "the header of packed weights makes no sense", kPackAgain);
+  QMOE_REQUIRE(!(header.flags & PackedHeader::kPermutedK),
+               "these weights were packed with a g_idx, whose order of K is not in the bytes; give "
+               "them as they are in the original model");
   const size_t total = ShapeOf(header).total;
   QMOE_REQUIRE(header.bytes == total && size == total, "packed weights have ", size,
                " bytes, but their header stands for ", total, "; the file is damaged", kPackAgain);
