@@ -80,6 +80,16 @@ def with_packed(model: onnx.ModelProto, changed: Mapping[str, np.ndarray]) -> on
     return copy
 
 
+def with_input(model: onnx.ModelProto, index: int, array: np.ndarray) -> onnx.ModelProto:
+    """The model with one more constant input."""
+    (node,) = model.graph.node
+    while len(node.input) <= index:
+        node.input.append("")
+    node.input[index] = "extra"
+    model.graph.initializer.append(numpy_helper.from_array(array, "extra"))
+    return model
+
+
 def resealed(content: np.ndarray, **fields: int | bytes) -> np.ndarray:
     """Packed weights whose header says something else, with a right checksum."""
     header = Header.read(content)

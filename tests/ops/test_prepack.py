@@ -18,11 +18,19 @@ from helpers.cases import Case, MatMulNBitsCase, QMoECase, feeds_of
 from helpers.dtypes import FLOAT_DTYPES
 from helpers.memory import MEGABYTE, big_model, session_cost
 from helpers.models import one_node_model, save_external
-from helpers.packed import LAYOUTS, SCALE_DTYPES, Header, packed_tensors, resealed, with_packed
+from helpers.packed import (
+    LAYOUTS,
+    SCALE_DTYPES,
+    Header,
+    packed_tensors,
+    resealed,
+    with_input,
+    with_packed,
+)
 from helpers.quick import quick_cases
 from helpers.run import bits_of, open_session, run
 from helpers.tolerance import check
-from onnx import helper, numpy_helper
+from onnx import helper
 
 import qmoe_plugin
 from qmoe_plugin import formats
@@ -278,16 +286,6 @@ def with_attributes(model: onnx.ModelProto, **changes: int | float | str | None)
     node.attribute.extend(
         helper.make_attribute(name, value) for name, value in changes.items() if value is not None
     )
-    return model
-
-
-def with_input(model: onnx.ModelProto, index: int, array: np.ndarray) -> onnx.ModelProto:
-    """The model with one more constant input."""
-    (node,) = model.graph.node
-    while len(node.input) <= index:
-        node.input.append("")
-    node.input[index] = "extra"
-    model.graph.initializer.append(numpy_helper.from_array(array, "extra"))
     return model
 
 

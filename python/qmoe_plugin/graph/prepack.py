@@ -151,13 +151,14 @@ class Prepack(ir.passes.InPlacePass):
                 "first"
             )
         dtype = describe(node).gemms[0].dtype
+        inputs = [_constant(node, index) for index in range(len(node.inputs))]
         try:
             packed = native().prepack(
                 op=node.op_type,
                 dtype=dtype,
                 sm=self.target.sm,
                 attributes={name: attribute.value for name, attribute in node.attributes.items()},
-                inputs=[_constant(node, index) for index in range(len(node.inputs))],
+                inputs=inputs,
             )
         except ValueError as error:
             raise UnsupportedError(str(error)) from None
