@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from helpers.cases import Case, MatMulNBitsCase, QMoECase, feeds_of
 from helpers.dtypes import FLOAT_DTYPES
@@ -35,6 +36,7 @@ from onnx import helper
 import qmoe_plugin
 from qmoe_plugin import formats
 from qmoe_plugin.devices import best_target
+from qmoe_plugin.graph.inspect import explain_model
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -190,7 +192,9 @@ def test_header(name: str, dtype: str, sm: int | None) -> None:
 
 
 def refusal(model: onnx.ModelProto, device: str = "cpu") -> str:
-    """What a session says to the model, which must name the node."""
+    """What a session says to the model, which must name the node; `explain` refuses it too."""
+    (answer,) = explain_model(ir.from_proto(model), sm=sm_of(device) or 0)
+    assert answer.reason
     with pytest.raises(Exception) as caught:  # noqa: PT011, the message is looked at by the caller
         open_session(model, device)
     message = str(caught.value)
