@@ -22,6 +22,7 @@ from qmoe_plugin.graph import prepack as module
 from qmoe_plugin.graph.describe import describe
 from qmoe_plugin.graph.inspect import explain_model
 from qmoe_plugin.graph.retarget import RESTORE_KEY
+from qmoe_plugin.library import native
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -609,3 +610,67 @@ def test_the_report_is_json():
     row = json.loads(json.dumps(report.to_dict()))
     assert row["packed"][0]["weights"][0] == "fc1 int4 block 32, 4 x 192 x 64"
     assert str(report).splitlines()[0] == "packed 1 of 1 nodes for CPU"
+
+
+# --- the compiled function ------------------------------------------------------------------------
+
+
+def native_arguments(**changes):
+    """What packs a small MatMulNBits node, with something else."""
+    case = MatMulNBitsCase(bias=False)
+    tensors = case.tensors()
+    inputs = [None] + [
+        (
+            tensors[name].dtype.name,
+            list(tensors[name].shape),
+            tensors[name].reshape(-1).view(np.uint8),
+        )
+        for name in ("B", "scales")
+    ]
+    attributes = case.attributes()
+    return {
+        "op": "MatMulNBits",
+        "dtype": "float32",
+        "sm": 0,
+        "attributes": attributes,
+        "inputs": inputs,
+        **changes,
+    }
+
+
+def test_packing_a_node():
+    assert set(native().prepack(**native_arguments())) == {"B"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"op": "Gemm"}, 'op is "Gemm"; allowed are QMoE and MatMulNBits'),
+        ({"dtype": "float64"}, "a tensor is float64"),
+        ({"dtype": "uint8"}, "A is uint8; allowed are float32"),
+        ({"sm": 75}, "GPUs of sm_75 are not supported"),
+        ({"sm": -1}, "GPUs of sm_-1 are not supported"),
+        ({"attributes": {"N": 1.5}}, "attribute N is of type 'f', but must be of type 'i'"),
+        ({"attributes": {}}, "attribute K is missing"),
+        ({"inputs": [None] * 7}, "the node has 7 inputs; MatMulNBits has up to 6"),
+        ({"inputs": []}, "input 2 .* is missing"),
+        (
+            {"inputs": [None, ("uint8", [48, 3, 16], np.zeros(2303, np.uint8))]},
+            "input 1 has shape .*, which its 2303 bytes of uint8",
+        ),
+        (
+            {"inputs": [None, ("uint8", [2**40, 2**40], np.zeros(1, np.uint8))]},
+            "input 1 has shape .*, which its 1 bytes of uint8",
+        ),
+    ],
+)
+def test_wrong_arguments_of_the_compiled_function(changes, text):
+    with pytest.raises(ValueError, match=text):
+        native().prepack(**native_arguments(**changes))
+
+
+def test_reading_a_header_needs_all_of_it():
+    with pytest.raises(ValueError, match="give the first 64 bytes, not 5"):
+        native().read_packed(header=b"QMOEP", size=1000)
+    with pytest.raises(ValueError, match="5 bytes, less than their header"):
+        native().read_packed(header=b"QMOEP", size=5)
