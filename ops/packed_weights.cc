@@ -34,8 +34,9 @@ uint64_t Checksum(PackedHeader header) {
 /// A digest of what this build makes of codes and of what it takes them for: bytes from a build that
 /// does it in another way must not pass, even if nobody thought of a new kVersion.
 uint16_t EncodingOf(const TileLayout& layout, const Format& format) {
-  const size_t k = size_t(layout.k_multiple), code_count = size_t(1) << format.bits;
-  std::vector<uint8_t> codes(16 * k), tile(16 * k * size_t(format.bits) / 8);
+  const size_t k = size_t(layout.k_multiple), bits = size_t(format.bits);
+  const size_t code_count = size_t(1) << std::min<size_t>(bits, 8);
+  std::vector<uint8_t> codes(16 * k * std::max<size_t>(bits / 8, 1)), tile(16 * k * bits / 8);
   uint32_t state = 1;  // of a linear congruential generator, whose high bits are good
   for (uint8_t& code : codes) {
     state = state * 1664525u + 1013904223u;
@@ -69,9 +70,8 @@ void CheckIntact(const PackedHeader& header) {
 
 /// What GetFormat may be asked for: a name that a message can show.
 bool IsName(const std::string& name) {
-  return !name.empty() && std::all_of(name.begin(), name.end(), [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_';
-  });
+  return !name.empty() &&
+         std::all_of(name.begin(), name.end(), [](char c) { return c > ' ' && c < 0x7f; });
 }
 
 /// Whether ShapeOf() can be asked without overflowing, and kernels can trust the answer.

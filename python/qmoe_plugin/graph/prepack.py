@@ -145,6 +145,8 @@ class Prepack(ir.passes.InPlacePass):
         Raises:
             UnsupportedError: If they cannot be packed; the node is then as it was.
         """
+        if node.op_type not in _WEIGHTS:
+            raise UnsupportedError(f"prepack does not pack the weights of {node.op_type}")
         if body.function:
             raise UnsupportedError(
                 "a function of the model holds it, which has no initializers; inline the function "
