@@ -1,14 +1,20 @@
-"""The header of packed weights (ops/packed_weights.h), written from its description."""
+"""Packed weights: their header, by the description in ops/packed_weights.h, and models with them."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
+
+import qmoe_plugin
+from helpers.cases import Case, QMoECase, feeds_of
+from helpers.models import STOCK_DOMAIN
+from helpers.run import bits_of, run
 
 _LAYOUT = struct.Struct("<8sHH12sIIIIIHHQQ")
 _FIELDS = (
@@ -97,3 +103,20 @@ def resealed(content: np.ndarray, **fields: int | bytes) -> np.ndarray:
     changed = content.copy()
     changed[: _LAYOUT.size] = np.frombuffer(header.sealed(), np.uint8)
     return changed
+
+
+def stock_model(case: Case | None = None) -> onnx.ModelProto:
+    """The case's model as exporters write it, in com.microsoft."""
+    case = case or QMoECase()
+    return case.model(case.tensors(), STOCK_DOMAIN)
+
+
+def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """By name."""
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def result_of(model: onnx.ModelProto | Path, case: Case) -> bytes:
+    """The bits of the model's first output, its nodes of ours run by us, for the case's inputs."""
+    session = qmoe_plugin.session(model, ["CPUExecutionProvider"])
+    return bits_of(run(session, feeds_of(case.tensors())))

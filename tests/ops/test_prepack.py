@@ -111,6 +111,7 @@ def test_same_bits_from_files(case: Case, device: str, tmp_path: Path) -> None:
     assert bits_of(run(opened, feeds_of(tensors))) == bits_of(expected)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("offset", [4, 64, 100])
 def test_bytes_that_are_not_aligned_are_copied(offset: int, device: str, tmp_path: Path) -> None:
     case = Q("int8", block_size=16)
@@ -152,8 +153,8 @@ def test_memory_of_a_session(device: str, tmp_path: Path) -> None:
     output = tmp_path / "packed.onnx"
     qmoe_plugin.prepack(path, output, sm=sm_of(device))
     cost = session_cost(output, device)
-    assert cost["host_anonymous_peak"] <= 32 * MEGABYTE, (cost, packed)
-    assert cost["host_left"] <= 32 * MEGABYTE, (cost, packed)
+    assert cost["host_anonymous_peak"] <= 64 * MEGABYTE, (cost, packed)
+    assert cost["host_left"] <= 64 * MEGABYTE, (cost, packed)
     assert cost["host_file"] <= 64 * MEGABYTE, (cost, packed)  # pages that nobody has read yet
     if device == "cuda":
         assert 0.9 * packed <= cost["device"] <= 1.05 * packed, (cost, packed)
@@ -240,6 +241,7 @@ DAMAGED = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("what", DAMAGED)
 @pytest.mark.parametrize("case", [Q(), M()], ids=["QMoE", "MatMulNBits"])
 def test_damage(case: Case, what: str) -> None:
@@ -326,6 +328,7 @@ MISFITS: dict[str, tuple[Case, Callable[[onnx.ModelProto], onnx.ModelProto], str
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("what", MISFITS)
 def test_bytes_that_are_not_those_of_the_node(what: str) -> None:
     case, change, text = MISFITS[what]

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
-from qmoe_plugin.graph.external_data import provide_external_data
+from qmoe_plugin.graph.external_data import DataFile, provide_external_data
 from qmoe_plugin.graph.walk import copy_domains
 from qmoe_plugin.report import RetargetReport
 
@@ -95,11 +95,20 @@ def _apply_to_file(change: ChangeDomain, source: Path, output: Path) -> Retarget
     return change.report
 
 
-def write(content: bytes, path: Path) -> None:
-    """Writes a file in one step, so that a failure leaves an older one intact."""
+def write(content: bytes, path: Path, data: DataFile | None = None) -> None:
+    """Writes a model in one step, so that a failure leaves an older one intact.
+
+    Args:
+        content: The model.
+        path: Where to write it.
+        data: A new file with its external data. An older model is never seen together with it.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_bytes(content)
+        if data is not None:
+            path.unlink(missing_ok=True)
+            data.commit()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

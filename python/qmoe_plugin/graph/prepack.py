@@ -310,9 +310,7 @@ def _prepack_to_file(model: PathLike | bytes, output: Path, where: Target) -> Pr
     with data:
         report = _prepack_in_place(decoded, where, data.add)
         replace_tensors(decoded, data.move)
-        content = serialize(ir.to_proto(decoded))
-        data.commit()
-    write(content, output)
+        write(serialize(ir.to_proto(decoded)), output, data)
     return report
 
 
