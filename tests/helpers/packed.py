@@ -1,4 +1,4 @@
-"""Packed weights: their header, by the description in ops/packed_weights.h, and models with them."""
+"""Packed weights: their header, as ops/packed_weights.h describes it, and models with them."""
 
 from __future__ import annotations
 

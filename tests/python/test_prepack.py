@@ -176,10 +176,6 @@ def test_a_node_that_no_kernel_takes_stays_in_com_microsoft():
     assert model.graph.initializer == before.graph.initializer
 
 
-def test_a_gpu_that_is_too_old():
-    assert "sm_75" in kept_reason(stock_model(), sm=75)
-
-
 def test_a_node_in_a_function():
     model = stock_model()
     (node,) = model.graph.node

@@ -209,6 +209,7 @@ def test_a_model_without_our_nodes_is_copied(tmp_path):
         (["model.ort", "out.onnx"], {}, ValueError, "ORT format"),
         (["none.onnx", "out.onnx"], {}, FileNotFoundError, "none.onnx"),
         ([onnx.ModelProto()], {"sm": -1}, ValueError, "sm is -1"),
+        ([onnx.ModelProto()], {"sm": 75}, ValueError, "sm is 75; our CUDA kernels run from sm_80"),
     ],
 )
 def test_wrong_arguments(arguments, options, error, text):

@@ -37,6 +37,9 @@ _VARYING = {"QMoE": (0, 1, 14), "MatMulNBits": (0,)}
 _FC3 = 8
 _ACT_SCALES = (17, 18)
 
+_FIRST_SM = 80
+"""Even a build without CUDA kernels, which packs for all of them, knows this much."""
+
 _STOCK_LAYOUTS = {"QMoE": "weights_prepacked", "MatMulNBits": "weight_prepacked"}
 
 _TYPE_NAMES = {
@@ -74,13 +77,15 @@ def prepack(
         output: Path of the new model. All its external data, packed or not, is in one new file,
             `<output>.data`; the memory taken is that of the largest node.
         sm: Compute capability of the GPU that the model will run on (90 = Hopper), which need not
-            be here; None or 0 for the CPU. Unlike elsewhere, None is never what this machine has: a
+            be here, from 80 on; None or 0 for the CPU. Unlike elsewhere, None is never what this machine has: a
             file should not depend on where it was made.
 
     Returns:
         Which nodes were packed, and which were not, with the reason.
     """
     where = target(sm or 0)
+    if 0 < where.sm < _FIRST_SM:
+        raise ValueError(f"sm is {sm}; our CUDA kernels run from sm_{_FIRST_SM} on")
     if isinstance(model, (str, os.PathLike, bytes)):
         if output is None:
             raise TypeError("a path or bytes need `output`, the path to write to")
