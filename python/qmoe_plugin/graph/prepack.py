@@ -76,9 +76,9 @@ def prepack(
             weights in memory; or, with `output`, the path or the bytes of a model.
         output: Path of the new model. All its external data, packed or not, is in one new file,
             `<output>.data`; the memory taken is that of the largest node.
-        sm: Compute capability of the GPU that the model will run on (90 = Hopper), which need not
-            be here, from 80 on; None or 0 for the CPU. Unlike elsewhere, None is never what this machine has: a
-            file should not depend on where it was made.
+        sm: Compute capability of the GPU that the model will run on, from 80 on (90 = Hopper),
+            which need not be here; None or 0 for the CPU. Unlike elsewhere, None is never what this
+            machine has: a file should not depend on where it was made.
 
     Returns:
         Which nodes were packed, and which were not, with the reason.
