@@ -1,7 +1,7 @@
 /* C interface of the qmoe_plugin library, beside RegisterCustomOps (which ONNX Runtime calls).
  *
  * It answers two questions without a session: which kernels are there, and which one runs a given
- * problem. Everything here is thread-safe, allocates nothing that the caller must free, and never
+ * problem; and it packs the weights of a node, for a model that loads faster. Everything here is thread-safe, allocates nothing that the caller must free, and never
  * throws. */
 #ifndef QMOE_PLUGIN_H_
 #define QMOE_PLUGIN_H_
@@ -66,6 +66,64 @@ QMOE_PLUGIN_EXPORT int qmoe_plugin_explain(const qmoe_plugin_gemm_problem* probl
                                            void (*visit)(void* user, const char* kernel,
                                                          const char* refusal),
                                            void* user);
+
+/* An attribute of a node; `type` says which of the values it has. */
+typedef struct qmoe_plugin_attribute {
+  const char* name;
+  char type; /* 'i', 'f' or 's' */
+  int64_t i;
+  float f;
+  const char* s;
+} qmoe_plugin_attribute;
+
+/* A constant input of a node, in host memory. */
+typedef struct qmoe_plugin_tensor {
+  const char* dtype; /* "uint8", "int32", "float32", "float16", "bfloat16", "float8e4m3fn",
+                        "float8e8m0"; null for an input that was left out or is not constant */
+  const int64_t* shape;
+  size_t rank;
+  const void* data;
+  size_t bytes;
+} qmoe_plugin_tensor;
+
+/* A QMoE or MatMulNBits node. */
+typedef struct qmoe_plugin_node {
+  const char* op;    /* "QMoE" or "MatMulNBits" */
+  const char* dtype; /* of the activations: "float32", "float16" or "bfloat16" */
+  const qmoe_plugin_attribute* attributes;
+  size_t attribute_count;
+  const qmoe_plugin_tensor* inputs; /* by number, as in the node */
+  size_t input_count;
+} qmoe_plugin_node;
+
+/* Packs the weights of a node for GPUs of compute capability `sm` (90 = Hopper), which need not be
+ * here, or for the CPU if `sm` is 0. Calls `allocate` for each projection ("fc1" and "fc2" of a QMoE,
+ * "B" of a MatMulNBits) for memory to write, which may give up by returning null. The bytes take the
+ * place of the projection's weights in a node with weights_layout="packed" and without all the other
+ * constant inputs but act_scales. Returns 0; or, after calling `fail` with the reason, 1 if the
+ * node is wrong, -1 if the machine failed. */
+QMOE_PLUGIN_EXPORT int qmoe_plugin_prepack(const qmoe_plugin_node* node, int sm,
+                                           void* (*allocate)(void* user, const char* projection,
+                                                             size_t bytes),
+                                           void (*fail)(void* user, const char* message),
+                                           void* user);
+
+/* What packed weights say of themselves. Strings live as long as the library. */
+typedef struct qmoe_plugin_packed {
+  const char* format;      /* "int4" */
+  const char* layout;      /* "cpu_panel16" */
+  const char* device;      /* "CPU" or "CUDA" */
+  const char* scale_dtype; /* "float32" or "float16" */
+  int64_t experts, rows, k, block_size;
+  int gated, zero_points, act_scales; /* whether gates and ups alternate; what is in the weights */
+} qmoe_plugin_packed;
+
+/* Reads the header of packed weights, their first 64 bytes, of `bytes` in all. Returns 0; or, after
+ * calling `fail` with the reason, 1 for bytes that no session of this library would load. */
+QMOE_PLUGIN_EXPORT int qmoe_plugin_read_packed(const void* header, size_t bytes,
+                                               qmoe_plugin_packed* out,
+                                               void (*fail)(void* user, const char* message),
+                                               void* user);
 
 #ifdef __cplusplus
 }

@@ -1,17 +1,35 @@
 #include "ops/pack_source.h"
 
+#include <cstring>
+
 #include "ops/error.h"
 
 namespace qmoe_plugin {
+namespace {
+
+/// What to do about bytes that this target cannot use.
+std::string PackAgain(const PackTarget& target) {
+  const std::string sm = target.sm ? std::to_string(target.sm) : "None";
+  return "; prepack the original model for it: qmoe_plugin.prepack(model, output, sm=" + sm + ")";
+}
+
+}  // namespace
 
 PackTarget TargetOf(const Device& device, DType activations) {
-  if (device.type == DeviceType::kCpu) return {Layout::kCpuPanel16, ScalePolicy::kFloat16IfExact};
+  if (device.type == DeviceType::kCpu)
+    return {Layout::kCpuPanel16, ScalePolicy::kFloat16IfExact, 0};
   QMOE_REQUIRE(device.sm >= 80, "GPUs of sm_", device.sm,
                " are not supported; the CUDA kernels run from sm_80 on");
   // float16 holds scales with up to 11 significant bits exactly, and 16-bit products could use no
   // more.
   return {Layout::kCudaTile16x64,
-          activations == DType::kFloat32 ? ScalePolicy::kFloat32 : ScalePolicy::kFloat16};
+          activations == DType::kFloat32 ? ScalePolicy::kFloat32 : ScalePolicy::kFloat16,
+          device.sm};
+}
+
+bool StaysInUse(const Projection& projection, const Device& device) {
+  const TensorView& packed = projection.packed;
+  return packed.present && device.type == DeviceType::kCpu && LoadsInPlace(packed.data);
 }
 
 PackSource::PackSource(const Projection& p) : name_(p.name) {
@@ -27,10 +45,6 @@ PackSource::PackSource(const Projection& p) : name_(p.name) {
   } catch (const Error& error) {
     throw Error(error.code(), Concat(p.name, ": ", error.what()));
   }
-  QMOE_REQUIRE(
-      !(packed_.header.flags & PackedHeader::kPermutedK), p.name,
-      " was packed with a g_idx, whose order of K is not in the bytes; give the weights as "
-      "they are");
 }
 
 const Format& PackSource::format() const {
@@ -64,21 +78,22 @@ const std::vector<int32_t>& PackSource::k_order() const {
 }
 
 PackedHeader PackSource::Plan(bool gated, const PackTarget& target) const {
-  const auto [layout, policy] = target;
-  if (reader_) return PlanPack(*reader_, gated, layout, policy);
+  if (reader_) return PlanPack(*reader_, gated, target.layout, target.policy);
   const PackedHeader& header = packed_.header;
-  QMOE_REQUIRE(header.layout == layout, name_, " weights were packed for ", DeviceOf(header.layout),
-               " (layout ", Name(header.layout), "); this device is ", DeviceOf(layout),
-               " (layout ", Name(layout), "); prepack the model for it");
+  const std::string device = target.sm ? Concat("a GPU of sm_", target.sm) : "the CPU";
+  QMOE_REQUIRE(header.layout == target.layout, name_, " weights were packed for ",
+               DeviceOf(header.layout), " (layout ", Name(header.layout),
+               "); this session runs on ", device, " (layout ", Name(target.layout), ")",
+               PackAgain(target));
   QMOE_REQUIRE(packed_.gated() == gated, name_, " weights were packed for ",
                gated ? "an activation without gates" : "a gated activation",
-               ", which that of this node is not; prepack the model again");
-  const bool wants_half = policy == ScalePolicy::kFloat16;
-  const bool any = policy == ScalePolicy::kFloat16IfExact;
+               ", which that of this node is not", PackAgain(target));
+  const bool wants_half = target.policy == ScalePolicy::kFloat16;
+  const bool any = target.policy == ScalePolicy::kFloat16IfExact;
   QMOE_REQUIRE(any || wants_half == (packed_.scale_dtype() == DType::kFloat16), name_,
                " weights were packed for ", wants_half ? "float32" : "16-bit",
-               " activations; this node has ", wants_half ? "16-bit" : "float32",
-               " ones; prepack the model again");
+               " activations; this node has ", wants_half ? "16-bit" : "float32", " ones",
+               PackAgain(target));
   return header;
 }
 
@@ -100,6 +115,7 @@ void PackSource::Prepack(const std::string& name, bool gated, const PackTarget& 
                " has a g_idx, whose order of K packed weights cannot hold; leave it as it is");
   const PackedHeader header = Plan(gated, target);
   void* base = allocate(name, header.bytes);
+  std::memset(base, 0, header.bytes);  // the gaps between sections belong to the result
   Write(header, {.base = static_cast<uint8_t*>(base), .write = {}});
 }
 

@@ -22,14 +22,18 @@ namespace qmoe_plugin {
 struct PackTarget {
   Layout layout;
   ScalePolicy policy;
+  int sm;  // of the device, 0 for the CPU; only for messages, as all GPUs read the same
 };
 
 /// What the kernels of a device read beside activations of this type. Throws Error for GPUs that
 /// none runs on.
 PackTarget TargetOf(const Device& device, DType activations);
 
-/// Memory for the packed bytes of the projection `name`.
+/// Memory for the packed bytes of the projection `name`, to be written in full.
 using AllocatePacked = std::function<void*(const std::string& name, size_t bytes)>;
+
+/// Whether an op on this device goes on reading the projection's own bytes after it was made.
+bool StaysInUse(const Projection& projection, const Device& device);
 
 class PackSource {
  public:

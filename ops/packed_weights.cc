@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <vector>
 
 #include "ops/error.h"
 #include "ops/formats/format.h"
@@ -15,24 +16,62 @@ constexpr size_t kAlignment = 256;
 
 size_t AlignUp(size_t value) { return (value + kAlignment - 1) / kAlignment * kAlignment; }
 
-/// FNV-1a over the header with its checksum zeroed.
+constexpr char kPackAgain[] = "; prepack the original model again with this qmoe_plugin";
+
+/// FNV-1a, continued from `hash`.
+uint64_t Hash(const void* data, size_t size, uint64_t hash = 0xcbf29ce484222325u) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(data);
+  for (size_t i = 0; i < size; ++i) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+  return hash;
+}
+
+/// Of the header with its checksum zeroed.
 uint64_t Checksum(PackedHeader header) {
   header.checksum = 0;
-  unsigned char bytes[sizeof header];
-  std::memcpy(bytes, &header, sizeof header);
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (unsigned char byte : bytes) hash = (hash ^ byte) * 0x100000001b3u;
-  return hash;
+  return Hash(&header, sizeof header);
+}
+
+/// A digest of what this build makes of codes and of what it takes them for: bytes from a build that
+/// does it in another way must not pass, even if nobody thought of a new kVersion.
+uint16_t EncodingOf(const TileLayout& layout, const Format& format) {
+  const size_t k = size_t(layout.k_multiple), bits = size_t(format.bits);
+  const size_t code_count = size_t(1) << std::min<size_t>(bits, 8);
+  std::vector<uint8_t> codes(16 * k * std::max<size_t>(bits / 8, 1)), tile(16 * k * bits / 8);
+  uint32_t state = 1;  // of a linear congruential generator, whose high bits are good
+  for (uint8_t& code : codes) {
+    state = state * 1664525u + 1013904223u;
+    code = uint8_t((state >> 24) & (code_count - 1));
+  }
+  layout.encode_tile(format, codes.data(), int64_t(k), tile.data());
+  int places[48];
+  for (int i = 0; i < 16; ++i) {
+    places[i] = layout.tile_row(i, false);
+    places[16 + i] = layout.tile_row(i, true);
+    places[32 + i] = layout.slot(i);
+  }
+  uint64_t hash = Hash(tile.data(), tile.size());
+  hash = Hash(places, sizeof places, hash);
+  for (size_t code = 0; code < code_count; ++code) {
+    const float value = format.centered[code] == format.centered[code] ? format.centered[code] : 0;
+    hash = Hash(&value, sizeof value, hash);  // not the bits of a NaN, which compilers may choose
+  }
+  return uint16_t(hash ^ (hash >> 16) ^ (hash >> 32) ^ (hash >> 48));
 }
 
 void CheckIntact(const PackedHeader& header) {
   if (std::memcmp(header.magic, PackedHeader::kMagic, sizeof header.magic) != 0)
-    FailInvalid("these bytes are not packed weights (wrong magic)");
+    FailInvalid("these bytes are not packed weights (wrong magic)", kPackAgain);
   if (header.version != PackedHeader::kVersion)
     FailInvalid("packed weights are of version ", header.version, "; this build reads version ",
-                PackedHeader::kVersion, "; pack them again");
+                PackedHeader::kVersion, kPackAgain);
   if (header.checksum != Checksum(header))
-    FailInvalid("the header of packed weights is damaged; pack them again");
+    FailInvalid("the header of packed weights is damaged", kPackAgain);
+}
+
+/// What GetFormat may be asked for: a name that a message can show.
+bool IsName(const std::string& name) {
+  return !name.empty() &&
+         std::all_of(name.begin(), name.end(), [](char c) { return c > ' ' && c < 0x7f; });
 }
 
 /// Whether ShapeOf() can be asked without overflowing, and kernels can trust the answer.
@@ -98,7 +137,7 @@ PackedShape ShapeOf(const PackedHeader& header) {
 void SealHeader(PackedHeader& header) {
   std::memcpy(header.magic, PackedHeader::kMagic, sizeof header.magic);
   header.version = PackedHeader::kVersion;
-  header.reserved = 0;
+  header.encoding = EncodingOf(GetTileLayout(header.layout), GetFormat(header.FormatName()));
   header.bytes = ShapeOf(header).total;
   header.checksum = Checksum(header);
 }
@@ -112,22 +151,37 @@ void CheckHeader(const PackedHeader& header, Layout layout, const char* format) 
     FailInvalid("packed weights have format ", header.FormatName(), "; this kernel reads ", format);
 }
 
+PackedHeader ReadPackedHeader(const void* bytes, size_t size) {
+  PackedHeader header;
+  QMOE_REQUIRE(size >= sizeof header, "packed weights have ", size,
+               " bytes, less than their header", kPackAgain);
+  std::memcpy(&header, bytes, sizeof header);
+  CheckIntact(header);
+  QMOE_REQUIRE(IsName(header.FormatName()), "the header of packed weights makes no sense",
+               kPackAgain);
+  const TileLayout& layout = GetTileLayout(header.layout);  // throws if it is unknown
+  const Format& format = GetFormat(header.FormatName());    // likewise
+  QMOE_REQUIRE(header.encoding == EncodingOf(layout, format),
+               "packed weights were made by another qmoe_plugin, which lays out ", format.name,
+               " as ", Name(header.layout), " in another way", kPackAgain);
+  const bool codebook = (header.flags & PackedHeader::kCodebook) != 0;
+  QMOE_REQUIRE(Plausible(header) && codebook == format.codebook,
+               "the header of packed weights makes no sense", kPackAgain);
+  QMOE_REQUIRE(!(header.flags & PackedHeader::kPermutedK),
+               "these weights were packed with a g_idx, whose order of K is not in the bytes; give "
+               "them as they are in the original model");
+  const size_t total = ShapeOf(header).total;
+  QMOE_REQUIRE(header.bytes == total && size == total, "packed weights have ", size,
+               " bytes, but their header stands for ", total, "; the file is damaged", kPackAgain);
+  return header;
+}
+
+bool LoadsInPlace(const void* bytes) { return reinterpret_cast<uintptr_t>(bytes) % 64 == 0; }
+
 PackedWeights LoadPacked(const void* bytes, size_t size) {
-  PackedWeights packed{};
-  QMOE_REQUIRE(size >= sizeof packed.header, "packed weights have ", size,
-               " bytes, less than their header");
-  std::memcpy(&packed.header, bytes, sizeof packed.header);
-  CheckIntact(packed.header);
-  GetTileLayout(packed.header.layout);                           // throws if it is unknown
-  const Format& format = GetFormat(packed.header.FormatName());  // likewise
-  const bool codebook = (packed.header.flags & PackedHeader::kCodebook) != 0;
-  QMOE_REQUIRE(Plausible(packed.header) && codebook == format.codebook,
-               "the header of packed weights makes no sense; pack them again");
+  PackedWeights packed{ReadPackedHeader(bytes, size), {}, {}};
   packed.shape = ShapeOf(packed.header);
-  QMOE_REQUIRE(packed.header.bytes == packed.shape.total && size == packed.shape.total,
-               "packed weights have ", size, " bytes, but their header stands for ",
-               packed.shape.total, "; the file is damaged, pack them again");
-  if (reinterpret_cast<uintptr_t>(bytes) % 64 == 0) {  // without an owner
+  if (LoadsInPlace(bytes)) {  // without an owner
     packed.memory = {std::shared_ptr<void>(),
                      const_cast<uint8_t*>(static_cast<const uint8_t*>(bytes))};
   } else {

@@ -66,9 +66,9 @@ struct PackedHeader {
   uint32_t block_size;  // 0 = per channel
   uint32_t flags;
   uint16_t scale_dtype;  // DType of block_scales and zero_offsets
-  uint16_t reserved;
-  uint64_t bytes;     // all of it, header included
-  uint64_t checksum;  // of the header with this field zero
+  uint16_t encoding;     // digest of how the layout encodes the format's codes, see EncodingOf
+  uint64_t bytes;        // all of it, header included
+  uint64_t checksum;     // of the header with this field zero
 
   std::string FormatName() const;
 };
@@ -108,12 +108,19 @@ struct PackedWeights {
 /// Throws Error unless the header is intact and of this version, layout and format.
 void CheckHeader(const PackedHeader& header, Layout layout, const char* format);
 
+/// The header of `size` bytes of packed weights, of which only the header is read. Throws Error if
+/// they are not packed weights, not whole, of another version, damaged in the header, or of a format
+/// or layout that this build does not know or encodes differently.
+PackedHeader ReadPackedHeader(const void* bytes, size_t size);
+
+/// Whether LoadPacked uses bytes at this address in place: they must be aligned to 64 bytes.
+bool LoadsInPlace(const void* bytes);
+
 /// Packed weights that lie in memory, such as a mapped model file: used in place where they are
-/// aligned to 64 bytes, else copied. Throws Error if they are not packed weights, not whole, of
-/// another version, damaged in the header, or of a format or layout that this build does not know.
+/// aligned, else copied. Throws Error as ReadPackedHeader.
 PackedWeights LoadPacked(const void* bytes, size_t size);
 
-/// Fills magic, version, bytes and checksum.
+/// Fills magic, version, encoding, bytes and checksum.
 void SealHeader(PackedHeader& header);
 
 }  // namespace qmoe_plugin

@@ -1,4 +1,5 @@
-// The Python module qmoe_plugin._native: quantising on the host, and the library's kernel table.
+// The Python module qmoe_plugin._native: quantising and packing on the host, and the library's kernel
+// table.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "ops/bindings/prepack.h"
 #include "ops/error.h"
 #include "ops/formats/format.h"
 #include "ops/quantize.h"
@@ -216,4 +218,5 @@ PYBIND11_MODULE(_native, module) {
              arg("format"), arg("k"), arg("block_size"));
   module.def("pack", &PyPack, arg("codes"), arg("bits"));
   module.def("unpack", &PyUnpack, arg("packed"), arg("bits"), arg("k"));
+  DefinePrepack(module);
 }

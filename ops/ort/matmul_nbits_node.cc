@@ -2,6 +2,7 @@
 
 #include "ops/error.h"
 #include "ops/ort/int_format.h"
+#include "ops/ort/packed_node.h"
 
 namespace qmoe_plugin::ort {
 namespace {
@@ -42,18 +43,11 @@ StoredLayout FindLayout(int64_t weight_prepacked, int64_t n, int64_t k, int64_t 
   return layout;
 }
 
-}  // namespace
-
-MatMulNBitsNode InterpretMatMulNBits(const MatMulNBitsAttributes& a,
-                                     const std::vector<TensorView>& inputs, DType dtype) {
-  const int64_t k = Required("K", a.k), n = Required("N", a.n),
-                block_size = Required("block_size", a.block_size);
-  QMOE_REQUIRE(a.bits == 2 || a.bits == 4 || a.bits == 8, "bits is ", a.bits,
-               "; allowed are 2, 4 and 8");
-  QMOE_REQUIRE(block_size >= 16 && block_size <= 65536 && (block_size & (block_size - 1)) == 0,
-               "block_size is ", block_size, "; it must be a power of two from 16 to 65536");
-  QMOE_REQUIRE(a.accuracy_level >= 0 && a.accuracy_level <= 4, "accuracy_level is ",
-               a.accuracy_level, "; allowed are 0 to 4");
+/// Weights as a model stores them, in one of the layouts of weight_prepacked.
+Projection TakeStored(const MatMulNBitsAttributes& a, const std::vector<TensorView>& inputs,
+                      const Format& format) {
+  QMOE_REQUIRE(inputs[kScales].present, "input 2 (scales) is missing; weights need scales");
+  const int64_t n = *a.n, k = *a.k, block_size = *a.block_size;
   const StoredLayout layout = FindLayout(a.weight_prepacked, n, k, a.bits, block_size);
   const int64_t groups = (k + block_size - 1) / block_size;
   const std::vector<int64_t> shape{n, groups, block_size * a.bits / 8};
@@ -69,23 +63,71 @@ MatMulNBitsNode InterpretMatMulNBits(const MatMulNBitsAttributes& a,
     bias.shape = {1, n};
   }
 
+  Projection p;
+  p.name = std::string("B");
+  p.format = &format;
+  p.experts = 1;
+  p.n = n;
+  p.k = k;
+  p.block_size = block_size;
+  p.layout = layout;
+  p.codes = codes;
+  p.scales = ByRow(inputs[kScales], "scales", n);
+  p.zero_points = ByRow(inputs[kZeroPoints], "zero_points", n);
+  p.bias = bias;
+  p.group_index = inputs[kGroupIndex];
+  return p;
+}
+
+/// Weights that were packed before. MakeMatMulNBits checks their sizes.
+Projection TakePacked(const MatMulNBitsAttributes& a, const std::vector<TensorView>& inputs,
+                      const Format& format) {
+  QMOE_REQUIRE(a.weight_prepacked == 0,
+               "weights_layout is \"packed\", but weight_prepacked=", a.weight_prepacked,
+               " is given too; leave it out");
+  Projection p = PackedProjection("B", inputs[kB], format, *a.block_size);
+  p.scales = inputs[kScales];  // this and the following must be left out
+  p.zero_points = inputs[kZeroPoints];
+  p.group_index = inputs[kGroupIndex];
+  p.bias = inputs[kBias];
+  return p;
+}
+
+}  // namespace
+
+MatMulNBitsAttributes ReadMatMulNBitsAttributes(const Attributes& node) {
+  MatMulNBitsAttributes a;
+  a.k = node.FindInt("K");
+  a.n = node.FindInt("N");
+  a.block_size = node.FindInt("block_size");
+  a.bits = node.Int("bits", a.bits);
+  a.accuracy_level = node.Int("accuracy_level", a.accuracy_level);
+  a.weight_prepacked = node.Int("weight_prepacked", a.weight_prepacked);
+  a.weights_layout = node.String("weights_layout", a.weights_layout);
+  return a;
+}
+
+MatMulNBitsNode InterpretMatMulNBits(const MatMulNBitsAttributes& a,
+                                     const std::vector<TensorView>& inputs, DType dtype) {
+  const int64_t k = Required("K", a.k), n = Required("N", a.n),
+                block_size = Required("block_size", a.block_size);
+  QMOE_REQUIRE(a.bits == 2 || a.bits == 4 || a.bits == 8, "bits is ", a.bits,
+               "; allowed are 2, 4 and 8");
+  QMOE_REQUIRE(block_size >= 16 && block_size <= 65536 && (block_size & (block_size - 1)) == 0,
+               "block_size is ", block_size, "; it must be a power of two from 16 to 65536");
+  QMOE_REQUIRE(a.accuracy_level >= 0 && a.accuracy_level <= 4, "accuracy_level is ",
+               a.accuracy_level, "; allowed are 0 to 4");
+  const bool packed = a.weights_layout == kPackedLayout;
+  QMOE_REQUIRE(packed || a.weights_layout.empty(), "weights_layout is \"", a.weights_layout,
+               "\"; allowed is \"packed\", for weights packed before. Other layouts are named by "
+               "weight_prepacked");
+  const Format& format = IntFormat(int(a.bits));
   MatMulNBitsNode node;
   node.config.dtype = dtype;
   node.config.n = n;
   node.config.k = k;
   node.config.accuracy_level = AccuracyLevel(a.accuracy_level);
-  node.weights.name = std::string("B");
-  node.weights.format = &IntFormat(int(a.bits));
-  node.weights.experts = 1;
-  node.weights.n = n;
-  node.weights.k = k;
-  node.weights.block_size = block_size;
-  node.weights.layout = layout;
-  node.weights.codes = codes;
-  node.weights.scales = ByRow(inputs[kScales], "scales", n);
-  node.weights.zero_points = ByRow(inputs[kZeroPoints], "zero_points", n);
-  node.weights.bias = bias;
-  node.weights.group_index = inputs[kGroupIndex];
+  node.weights = packed ? TakePacked(a, inputs, format) : TakeStored(a, inputs, format);
   return node;
 }
 

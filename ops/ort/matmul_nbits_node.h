@@ -4,12 +4,15 @@
 // G = ceil(K / block_size). Shapes: B [N, G, block_size * bits / 8], scales [N, G] or [N * G], zero
 // points packed [N, ceil(G * bits / 8)] or one value a block [N, G] (both flat, too), g_idx [K] or
 // [G * block_size], bias [N]. weight_prepacked 1 and 2 permute the bytes of B and leave its shape.
+// Weights packed before: ops/ort/packed_node.h.
 #pragma once
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
+#include "ops/ort/attributes.h"
 #include "ops/problem.h"
 
 namespace qmoe_plugin::ort {
@@ -25,13 +28,17 @@ enum MatMulNBitsInput : size_t {
   kMatMulNBitsInputs
 };
 
-/// The attributes with com.microsoft's defaults; empty = not given.
+/// The attributes with com.microsoft's defaults; empty = not given. weights_layout is ours.
 struct MatMulNBitsAttributes {
   std::optional<int64_t> k, n, block_size;  // required
   int64_t bits = 4;
   int64_t accuracy_level = 0;
   int64_t weight_prepacked = 0;
+  std::string weights_layout;
 };
+
+/// Throws Error for an attribute of another type.
+MatMulNBitsAttributes ReadMatMulNBitsAttributes(const Attributes& node);
 
 struct MatMulNBitsNode {
   MatMulConfig config;

@@ -13,31 +13,22 @@ namespace qmoe_plugin::ort {
 namespace {
 
 constexpr InputSpec kInputs[] = {
-    {"A", false, false},         {"B", false, true},    {"scales", false, true},
+    {"A", false, false},         {"B", false, true},    {"scales", true, true},
     {"zero_points", true, true}, {"g_idx", true, true}, {"bias", true, true},
 };
 static_assert(std::size(kInputs) == kMatMulNBitsInputs);
 
-MatMulNBitsAttributes ReadAttributes(const NodeInfo& node) {
-  MatMulNBitsAttributes a;
-  a.k = node.FindInt("K");
-  a.n = node.FindInt("N");
-  a.block_size = node.FindInt("block_size");
-  a.bits = node.Int("bits", a.bits);
-  a.accuracy_level = node.Int("accuracy_level", a.accuracy_level);
-  a.weight_prepacked = node.Int("weight_prepacked", a.weight_prepacked);
-  return a;
-}
-
 class MatMulNBitsKernel : public OpKernel {
  public:
   explicit MatMulNBitsKernel(const NodeInfo& info) {
-    const std::vector<TensorView> inputs = info.ConstantInputs();
-    const MatMulNBitsNode node = InterpretMatMulNBits(ReadAttributes(info), inputs, info.dtype());
+    std::vector<TensorView> inputs = info.ConstantInputs();
+    const MatMulNBitsNode node =
+        InterpretMatMulNBits(ReadMatMulNBitsAttributes(info), inputs, info.dtype());
     config_ = node.config;
     matmul_ = MakeMatMulNBits(info.device(), node.config, node.weights);
+    if (StaysInUse(node.weights, info.device())) inputs[kB] = {};
     ReleaseMappedPages(inputs);
-    info.LogPacked(std::vector{matmul_->Packed()});
+    info.LogPacked(std::vector{matmul_->Packed()}, node.weights.packed.present);
   }
 
   void Run(const RunContext& run) const override {

@@ -54,14 +54,6 @@ std::optional<std::string> NodeInfo::FindString(const char* attribute) const {
   return std::nullopt;
 }
 
-int64_t NodeInfo::Int(const char* attribute, int64_t otherwise) const {
-  return FindInt(attribute).value_or(otherwise);
-}
-
-float NodeInfo::Float(const char* attribute, float otherwise) const {
-  return FindFloat(attribute).value_or(otherwise);
-}
-
 /// ONNX Runtime fails alike for a missing attribute and for one of another type. The second must
 /// not pass for the default, so look whether the attribute can be read as anything.
 void NodeInfo::RefuseOtherType(const char* attribute, const char* wanted) const {
@@ -149,10 +141,10 @@ void NodeInfo::Log(OrtLoggingLevel severity, const std::string& message) const {
                                      "MakeKernel");
 }
 
-void NodeInfo::LogPacked(std::span<const PackedHeader> weights) const {
+void NodeInfo::LogPacked(std::span<const PackedHeader> weights, bool before) const {
   const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start_;
-  std::string text =
-      Concat(Name(dtype()), " on ", device_.Describe(), ", packed in ", time.count(), " ms");
+  std::string text = Concat(Name(dtype()), " on ", device_.Describe(),
+                            before ? ", loaded packed in " : ", packed in ", time.count(), " ms");
   for (const PackedHeader& w : weights) {
     text += Concat("; ", std::string(w.format, strnlen(w.format, sizeof w.format)),
                    w.block_size ? Concat(" block ", w.block_size) : " per channel", " ", w.experts,

@@ -8,13 +8,14 @@
 #include <vector>
 
 #include "ops/device.h"
+#include "ops/ort/attributes.h"
 #include "ops/ort/custom_op.h"
 #include "ops/packed_weights.h"
 #include "ops/weights.h"
 
 namespace qmoe_plugin::ort {
 
-class NodeInfo {
+class NodeInfo : public Attributes {
  public:
   NodeInfo(const CustomOp& op, const OrtKernelInfo* info);
 
@@ -23,12 +24,9 @@ class NodeInfo {
   DType dtype() const { return op_.dtype(); }
   const Device& device() const { return device_; }
 
-  /// An attribute, empty if the node does not have it. Throws Error if it has another type.
-  std::optional<int64_t> FindInt(const char* attribute) const;
-  std::optional<float> FindFloat(const char* attribute) const;
-  std::optional<std::string> FindString(const char* attribute) const;
-  int64_t Int(const char* attribute, int64_t otherwise) const;
-  float Float(const char* attribute, float otherwise) const;
+  std::optional<int64_t> FindInt(const char* attribute) const override;
+  std::optional<float> FindFloat(const char* attribute) const override;
+  std::optional<std::string> FindString(const char* attribute) const override;
 
   bool HasInput(size_t index) const;
 
@@ -40,9 +38,9 @@ class NodeInfo {
   /// Writes to the session's log, if it wants messages of this severity.
   void Log(OrtLoggingLevel severity, const std::string& message) const;
 
-  /// The one line that the log gets of every node: what was packed, and the time since this object
-  /// was made.
-  void LogPacked(std::span<const PackedHeader> weights) const;
+  /// The one line that the log gets of every node: what was packed, or loaded as it was packed
+  /// before, and the time since this object was made.
+  void LogPacked(std::span<const PackedHeader> weights, bool before) const;
 
  private:
   TensorView ConstantInput(size_t index) const;

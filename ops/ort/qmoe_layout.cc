@@ -49,7 +49,7 @@ std::vector<StoredLayout> StatedLayouts(const QMoeAttributes& a, const QuantType
   std::string names;
   for (const StoredLayout layout : allowed) names += Concat(", \"", AttributeName(layout), "\"");
   FailInvalid("weights_layout is \"", a.weights_layout, "\"; allowed with quant_type \"", type.name,
-              "\" are \"\" (not said)", names);
+              "\" are \"\" (not said)", names, " and, for weights packed before, \"packed\"");
 }
 
 /// Why these weights cannot be laid out so; empty if they can.

@@ -1,4 +1,5 @@
-// How the weights of a QMoE node are laid out, which its attributes say only half.
+// How the weights of a QMoE node are laid out, which its attributes say only half. (Those that were
+// packed before say it themselves: ops/ort/packed_node.h.)
 //
 // All projections of a node share one layout, and only one with N != K shows it by its shape:
 //

@@ -1,6 +1,7 @@
 #include "ops/ort/qmoe_node.h"
 
 #include "ops/error.h"
+#include "ops/ort/packed_node.h"
 #include "ops/ort/qmoe_activation.h"
 #include "ops/ort/qmoe_layout.h"
 #include "ops/ort/qmoe_scales.h"
@@ -90,7 +91,75 @@ Projection MakeProjection(const char* name, const Tensors& inputs, const Sizes& 
   return p;
 }
 
+/// Weights as a model stores them, in one of the layouts of qmoe_layout.h.
+Sizes TakeStored(const QMoeAttributes& a, const Tensors& inputs, const ScalePlan& scales,
+                 const Formats& formats, const ActivationPlan& activation, QMoeNode& node) {
+  const Sizes sizes = FindSizes(inputs, scales, activation.rows_per_unit);
+  const bool has_fc3 = inputs[kFc3Weights].present;
+  const Matrix fc1{kFc1Weights, activation.rows_per_unit * sizes.inter, sizes.hidden, formats.fc1};
+  const Matrix fc2{kFc2Weights, sizes.hidden, sizes.inter, formats.fc2};
+  const Matrix fc3{kFc3Weights, sizes.inter, sizes.hidden, formats.fc3};
+  std::vector<Matrix> matrices{fc1, fc2};
+  if (has_fc3) matrices.push_back(fc3);
+  const LayoutDecision decision = DecideLayout(a, *scales.type, inputs, sizes.experts, matrices);
+  node.warning = decision.warning;
+  const auto make = [&](const char* name, const Matrix& m, QMoeInput zero_points,
+                        size_t global_scale) {
+    return MakeProjection(name, inputs, sizes, m, scales, decision.layout, zero_points,
+                          global_scale);
+  };
+  node.weights.fc1 = make("fc1", fc1, kFc1ZeroPoints, kFc1GlobalScale);
+  node.weights.fc1_order = activation.order;
+  node.weights.fc2 = make("fc2", fc2, kFc2ZeroPoints, kFc2GlobalScale);
+  if (has_fc3) node.weights.fc3 = make("fc3", fc3, kFc3ZeroPoints, 0);
+  return sizes;
+}
+
+/// Weights that were packed before. MakeQMoe checks that they are of the same sizes.
+Sizes TakePacked(const QMoeAttributes& a, const Tensors& inputs, const ScalePlan& scales,
+                 const Formats& formats, MoeWeights& weights) {
+  QMOE_REQUIRE(a.weights_prepacked == -1,
+               "weights_layout is \"packed\", but weights_prepacked=", a.weights_prepacked,
+               " is given too; leave it out");
+  QMOE_REQUIRE(!inputs[kFc3Weights].present,
+               "weights_layout is \"packed\", so that fc1 has fc3 in it; leave fc3 out");
+  const auto take = [&](const char* name, size_t input, const Format& format, size_t zero_points,
+                        size_t global_scale) {
+    Projection p = PackedProjection(name, inputs[input], format, scales.block_size);
+    p.scales = inputs[input + 1];  // this and the following must be left out
+    p.bias = inputs[input + 2];
+    p.zero_points = inputs[zero_points];
+    p.global_scale = inputs[global_scale];
+    return p;
+  };
+  weights.fc1 = take("fc1", kFc1Weights, *formats.fc1, kFc1ZeroPoints, kFc1GlobalScale);
+  weights.fc2 = take("fc2", kFc2Weights, *formats.fc2, kFc2ZeroPoints, kFc2GlobalScale);
+  return {weights.fc1.experts, weights.fc1.k, weights.fc2.k};
+}
+
 }  // namespace
+
+QMoeAttributes ReadQMoeAttributes(const Attributes& node) {
+  QMoeAttributes a;
+  a.accuracy_level = node.Int("accuracy_level", a.accuracy_level);
+  a.activation_alpha = node.Float("activation_alpha", a.activation_alpha);
+  a.activation_beta = node.Float("activation_beta", a.activation_beta);
+  a.activation_type = node.String("activation_type", a.activation_type);
+  a.block_size = node.FindInt("block_size");
+  a.expert_weight_bits = node.FindInt("expert_weight_bits");
+  a.fc1_expert_weight_bits = node.FindInt("fc1_expert_weight_bits");
+  a.fc2_expert_weight_bits = node.FindInt("fc2_expert_weight_bits");
+  a.fc3_expert_weight_bits = node.FindInt("fc3_expert_weight_bits");
+  a.k = node.Int("k", a.k);
+  a.normalize_routing_weights = node.Int("normalize_routing_weights", a.normalize_routing_weights);
+  a.quant_type = node.String("quant_type", a.quant_type);
+  a.swiglu_fusion = node.Int("swiglu_fusion", a.swiglu_fusion);
+  a.swiglu_limit = node.FindFloat("swiglu_limit");
+  a.use_sparse_mixer = node.Int("use_sparse_mixer", a.use_sparse_mixer);
+  a.weights_layout = node.String("weights_layout", a.weights_layout);
+  a.weights_prepacked = node.Int("weights_prepacked", a.weights_prepacked);
+  return a;
+}
 
 QMoeNode InterpretQMoe(const QMoeAttributes& a, const Tensors& inputs, DType dtype) {
   RequireFlag("normalize_routing_weights", a.normalize_routing_weights);
@@ -105,17 +174,11 @@ QMoeNode InterpretQMoe(const QMoeAttributes& a, const Tensors& inputs, DType dty
   const ActivationPlan activation = PlanActivation(a, has_fc3);
   const ScalePlan scales = PlanScales(a, inputs, has_fc3);
   const Formats formats = FindFormats(a, scales);
-  const Sizes sizes = FindSizes(inputs, scales, activation.rows_per_unit);
-  const Matrix fc1{kFc1Weights, activation.rows_per_unit * sizes.inter, sizes.hidden, formats.fc1};
-  const Matrix fc2{kFc2Weights, sizes.hidden, sizes.inter, formats.fc2};
-  const Matrix fc3{kFc3Weights, sizes.inter, sizes.hidden, formats.fc3};
-  std::vector<Matrix> matrices{fc1, fc2};
-  if (has_fc3) matrices.push_back(fc3);
-  const LayoutDecision decision = DecideLayout(a, *scales.type, inputs, sizes.experts, matrices);
-  CheckSizes(sizes, scales);
-
   QMoeNode node;
-  node.warning = decision.warning;
+  const Sizes sizes = a.weights_layout == kPackedLayout
+                          ? TakePacked(a, inputs, scales, formats, node.weights)
+                          : TakeStored(a, inputs, scales, formats, activation, node);
+  CheckSizes(sizes, scales);
   node.config.dtype = dtype;
   node.config.hidden_size = sizes.hidden;
   node.config.inter_size = sizes.inter;
@@ -126,15 +189,6 @@ QMoeNode InterpretQMoe(const QMoeAttributes& a, const Tensors& inputs, DType dty
   node.config.activation = activation.params;
   node.config.accuracy_level = AccuracyLevel(a.accuracy_level);
   PlanActivationQuant(scales, inputs, node.config);
-  const auto make = [&](const char* name, const Matrix& m, QMoeInput zero_points,
-                        size_t global_scale) {
-    return MakeProjection(name, inputs, sizes, m, scales, decision.layout, zero_points,
-                          global_scale);
-  };
-  node.weights.fc1 = make("fc1", fc1, kFc1ZeroPoints, kFc1GlobalScale);
-  node.weights.fc1_order = activation.order;
-  node.weights.fc2 = make("fc2", fc2, kFc2ZeroPoints, kFc2GlobalScale);
-  if (has_fc3) node.weights.fc3 = make("fc3", fc3, kFc3ZeroPoints, 0);
   return node;
 }
 

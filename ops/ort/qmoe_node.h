@@ -5,7 +5,7 @@
 // Shapes of raw weights:
 //   fc1 [E, F * I, H * bits / 8], fc2 [E, H, I * bits / 8], fc3 [E, I, H * bits / 8] (ups, when
 //   apart from fc1).
-// Other layouts: ops/ort/qmoe_layout.h. Scales: ops/ort/qmoe_scales.h. Activations:
+// Other layouts: ops/ort/qmoe_layout.h, weights packed before: ops/ort/packed_node.h. Scales: ops/ort/qmoe_scales.h. Activations:
 // ops/ort/qmoe_activation.h.
 #pragma once
 
@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/ort/attributes.h"
 #include "ops/problem.h"
 
 namespace qmoe_plugin::ort {
@@ -62,6 +63,9 @@ struct QMoeAttributes {
   std::string weights_layout;
   int64_t weights_prepacked = -1;
 };
+
+/// Throws Error for an attribute of another type.
+QMoeAttributes ReadQMoeAttributes(const Attributes& node);
 
 struct QMoeNode {
   MoeConfig config;

@@ -37,38 +37,18 @@ constexpr InputSpec kInputs[] = {
 };
 static_assert(std::size(kInputs) == kQMoeInputs);
 
-QMoeAttributes ReadAttributes(const NodeInfo& node) {
-  QMoeAttributes a;
-  a.accuracy_level = node.Int("accuracy_level", a.accuracy_level);
-  a.activation_alpha = node.Float("activation_alpha", a.activation_alpha);
-  a.activation_beta = node.Float("activation_beta", a.activation_beta);
-  a.activation_type = node.FindString("activation_type").value_or(a.activation_type);
-  a.block_size = node.FindInt("block_size");
-  a.expert_weight_bits = node.FindInt("expert_weight_bits");
-  a.fc1_expert_weight_bits = node.FindInt("fc1_expert_weight_bits");
-  a.fc2_expert_weight_bits = node.FindInt("fc2_expert_weight_bits");
-  a.fc3_expert_weight_bits = node.FindInt("fc3_expert_weight_bits");
-  a.k = node.Int("k", a.k);
-  a.normalize_routing_weights = node.Int("normalize_routing_weights", a.normalize_routing_weights);
-  a.quant_type = node.FindString("quant_type").value_or(a.quant_type);
-  a.swiglu_fusion = node.Int("swiglu_fusion", a.swiglu_fusion);
-  a.swiglu_limit = node.FindFloat("swiglu_limit");
-  a.use_sparse_mixer = node.Int("use_sparse_mixer", a.use_sparse_mixer);
-  a.weights_layout = node.FindString("weights_layout").value_or(a.weights_layout);
-  a.weights_prepacked = node.Int("weights_prepacked", a.weights_prepacked);
-  return a;
-}
-
 class QMoeKernel : public OpKernel {
  public:
   explicit QMoeKernel(const NodeInfo& info) {
-    const std::vector<TensorView> inputs = info.ConstantInputs();
-    const QMoeNode node = InterpretQMoe(ReadAttributes(info), inputs, info.dtype());
+    std::vector<TensorView> inputs = info.ConstantInputs();
+    const QMoeNode node = InterpretQMoe(ReadQMoeAttributes(info), inputs, info.dtype());
     if (!node.warning.empty()) info.Log(ORT_LOGGING_LEVEL_WARNING, node.warning);
     config_ = node.config;
     moe_ = MakeQMoe(info.device(), node.config, node.weights);
+    if (StaysInUse(node.weights.fc1, info.device())) inputs[kFc1Weights] = {};
+    if (StaysInUse(node.weights.fc2, info.device())) inputs[kFc2Weights] = {};
     ReleaseMappedPages(inputs);
-    info.LogPacked(moe_->Packed());
+    info.LogPacked(moe_->Packed(), node.weights.fc1.packed.present);
   }
 
   void Run(const RunContext& run) const override {

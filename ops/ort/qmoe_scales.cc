@@ -4,6 +4,7 @@
 
 #include "ops/error.h"
 #include "ops/ort/int_format.h"
+#include "ops/ort/packed_node.h"
 
 namespace qmoe_plugin::ort {
 namespace {
@@ -123,6 +124,7 @@ ScalePlan PlanScales(const QMoeAttributes& a, const Tensors& inputs, bool has_fc
     plan.scale_rows = plan.has_scales ? plan.block_size : 1;
   }
   plan.has_global_scales = type.block_size > 0 || !plan.has_scales;
+  if (a.weights_layout == kPackedLayout) return plan;  // they are in the weights
   QMOE_REQUIRE(!has_fc3 || !plan.has_global_scales,
                "fc3_experts_weights is given, but quant_type \"", type.name, "\"",
                type.square_blocks ? " without block_size" : "",

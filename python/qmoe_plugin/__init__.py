@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from qmoe_plugin import formats
+from qmoe_plugin.graph.prepack import prepack
 from qmoe_plugin.graph.retarget import retarget, unretarget
 from qmoe_plugin.kernels import explain, kernels
 from qmoe_plugin.library import DOMAIN, get_library_path
@@ -31,6 +32,7 @@ __all__ = [
     "formats",
     "get_library_path",
     "kernels",
+    "prepack",
     "register",
     "retarget",
     "session",

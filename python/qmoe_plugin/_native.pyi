@@ -41,6 +41,22 @@ def explain(
 ) -> list[tuple[str, str]]:
     """The kernels of this format and device, best first, each with its refusal ("" for none)."""
 
+def prepack(
+    *,
+    op: str,
+    dtype: str,
+    sm: int,
+    attributes: dict[str, int | float | str],
+    inputs: list[tuple[str, list[int], npt.NDArray[np.uint8]] | None],
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """Packs the weights of a node: {"fc1": [bytes], "fc2": [bytes]}, or {"B": [bytes]}.
+
+    Inputs are given by number as (type, shape, bytes); None = left out, or not constant.
+    """
+
+def read_packed(*, header: bytes, size: int) -> dict[str, Any]:
+    """What the first 64 bytes say of packed weights of so many bytes (`qmoe_plugin_packed`)."""
+
 def formats() -> list[dict[str, Any]]:
     """The registered formats: name, bits, default_zero_point, zero_points, values."""
 

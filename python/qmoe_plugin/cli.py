@@ -56,6 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_sm(command)
     command.set_defaults(run=_retarget)
 
+    command = commands.add_parser("prepack", help="pack the weights, for a fast start")
+    command.add_argument("input", type=Path, metavar="IN", help="ONNX model")
+    command.add_argument("output", type=Path, metavar="OUT", help="where to write the new model")
+    device = command.add_mutually_exclusive_group()
+    device.add_argument("--sm", type=int, help="for GPUs of this compute capability, as in 90")
+    device.add_argument("--cpu", action="store_true", help="for the CPU (default)")
+    command.add_argument("--strict", action="store_true", help="fail if any node is left unpacked")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=_prepack)
+
     command = commands.add_parser("explain", help="say which kernel runs each node, and why")
     command.add_argument("input", type=Path, metavar="MODEL", help="ONNX model")
     command.add_argument("--node", metavar="NAME", help="only the node of this name")
@@ -100,6 +110,15 @@ def _retarget(options: argparse.Namespace) -> int:
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
     if not report.moved:
         print("qmoe_plugin: no node was moved", file=sys.stderr)
+        return 1
+    return int(options.strict and bool(report.kept))
+
+
+def _prepack(options: argparse.Namespace) -> int:
+    report = qmoe_plugin.prepack(options.input, options.output, sm=options.sm)
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    if not report.packed:
+        print("qmoe_plugin: no node was packed", file=sys.stderr)
         return 1
     return int(options.strict and bool(report.kept))
 

@@ -32,6 +32,7 @@ class NodeReport:
         kernels: What will run it, for few and for many tokens. Empty for a node that was left, or
             was moved back.
         warning: Something that was decided by custom, as the node does not say it; "" for nothing.
+        weights: What was packed, as in "fc1 int4 block 32, 4 x 192 x 64"; only of `prepack`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class NodeReport:
     reason: str = ""
     kernels: tuple[KernelChoice, ...] = ()
     warning: str = ""
+    weights: tuple[str, ...] = ()
 
     @property
     def kernel_text(self) -> str:
@@ -56,8 +58,56 @@ class NodeReport:
         return ", ".join(parts)
 
 
+class Report:
+    """What the reports of passes have in common."""
+
+    kept: tuple[NodeReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dicts and lists, for JSON."""
+        assert dataclasses.is_dataclass(self)
+        return dataclasses.asdict(self)
+
+    def log(self) -> None:
+        """Writes the report to the logger "qmoe_plugin": nodes that were left as warnings."""
+        logger.info("%s", self.headline())
+        for text in _grouped(self.changed(), self.detail):
+            logger.info("%s", text)
+        for text in _grouped(self._doubtful(), lambda node: node.warning):
+            logger.warning("%s", text)
+        for text in _grouped(self.kept, lambda node: node.reason):
+            logger.warning("left alone: %s", text)
+
+    def headline(self) -> str:
+        """One line that sums it up."""
+        raise NotImplementedError
+
+    def changed(self) -> tuple[NodeReport, ...]:
+        """The nodes that were changed."""
+        raise NotImplementedError
+
+    def detail(self, node: NodeReport) -> str:
+        """What happened to one of them."""
+        raise NotImplementedError
+
+    def _doubtful(self) -> list[NodeReport]:
+        return [node for node in self.changed() if node.warning]
+
+    def __str__(self) -> str:
+        """A few lines for people: nodes with the same fate share one."""
+        lines = [self.headline()]
+        lines += [f"  {text}" for text in _grouped(self.changed(), self.detail)]
+        if self._doubtful():
+            lines.append("in doubt:")
+            lines += [f"  {text}" for text in _grouped(self._doubtful(), lambda n: n.warning)]
+        if self.kept:
+            lines.append("left alone:")
+            lines += [f"  {text}" for text in _grouped(self.kept, lambda node: node.reason)]
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True)
-class RetargetReport:
+class RetargetReport(Report):
     """What `retarget` or `unretarget` did.
 
     Attributes:
@@ -74,40 +124,62 @@ class RetargetReport:
     kept: tuple[NodeReport, ...] = ()
     already: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain dicts and lists, for JSON."""
-        return dataclasses.asdict(self)
-
-    def log(self) -> None:
-        """Writes the report to the logger "qmoe_plugin": nodes that were left as warnings."""
-        logger.info("%s", self._headline())
-        for text in _grouped(self.moved, lambda node: node.kernel_text):
-            logger.info("%s", text)
-        for text in _grouped(self._doubtful(), lambda node: node.warning):
-            logger.warning("%s", text)
-        for text in _grouped(self.kept, lambda node: node.reason):
-            logger.warning("left alone: %s", text)
-
-    def _doubtful(self) -> list[NodeReport]:
-        return [node for node in self.moved if node.warning]
-
-    def _headline(self) -> str:
+    def headline(self) -> str:
+        """One line that sums it up."""
         total = len(self.moved) + len(self.kept)
         text = f"moved {len(self.moved)} of {total} nodes to {self.domain}"
         text += f", for {self.target}" if self.target else ""
         return text + (f"; {self.already} were there before" if self.already else "")
 
-    def __str__(self) -> str:
-        """A few lines for people: nodes with the same fate share one."""
-        lines = [self._headline()]
-        lines += [f"  {text}" for text in _grouped(self.moved, lambda node: node.kernel_text)]
-        if self._doubtful():
-            lines.append("in doubt:")
-            lines += [f"  {text}" for text in _grouped(self._doubtful(), lambda n: n.warning)]
-        if self.kept:
-            lines.append("left alone:")
-            lines += [f"  {text}" for text in _grouped(self.kept, lambda node: node.reason)]
-        return "\n".join(lines)
+    def changed(self) -> tuple[NodeReport, ...]:
+        """The nodes that were moved."""
+        return self.moved
+
+    def detail(self, node: NodeReport) -> str:
+        """The kernels of a node."""
+        return node.kernel_text
+
+
+@dataclass(frozen=True)
+class PrepackReport(Report):
+    """What `prepack` did.
+
+    Attributes:
+        target: What weights were packed for, as in "CUDA (sm_90)".
+        packed: Nodes whose weights were packed.
+        kept: Nodes whose weights were not, each with a reason.
+        already: How many nodes were packed for this target before.
+    """
+
+    target: str
+    packed: tuple[NodeReport, ...] = ()
+    kept: tuple[NodeReport, ...] = ()
+    already: int = 0
+
+    def after(self, retarget: RetargetReport) -> PrepackReport:
+        """The report of both passes together."""
+        moved = {(node.function, node.name): node for node in retarget.moved}
+        packed = (
+            dataclasses.replace(node, kernels=before.kernels, warning=before.warning)
+            if (before := moved.get((node.function, node.name)))
+            else node
+            for node in self.packed
+        )
+        return dataclasses.replace(self, packed=tuple(packed), kept=retarget.kept + self.kept)
+
+    def headline(self) -> str:
+        """One line that sums it up."""
+        total = len(self.packed) + len(self.kept)
+        text = f"packed {len(self.packed)} of {total} nodes for {self.target}"
+        return text + (f"; {self.already} were packed before" if self.already else "")
+
+    def changed(self) -> tuple[NodeReport, ...]:
+        """The nodes that were packed."""
+        return self.packed
+
+    def detail(self, node: NodeReport) -> str:
+        """The weights of a node."""
+        return "; ".join(node.weights)
 
 
 def _grouped(nodes: Iterable[NodeReport], text_of: Callable[[NodeReport], str]) -> list[str]:

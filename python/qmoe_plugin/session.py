@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 
 from qmoe_plugin import override as overriding
 from qmoe_plugin import wheels
 from qmoe_plugin.devices import CPU, CPU_PROVIDER, CUDA_PROVIDER, Target, best_target, cuda_problem
-from qmoe_plugin.graph.apply import apply, load, serialize
+from qmoe_plugin.graph.apply import apply, load, parse, serialize
 from qmoe_plugin.graph.retarget import Retarget
 from qmoe_plugin.graph.walk import external_tensors
 from qmoe_plugin.library import get_library_path, native, runtime, runtime_minor
@@ -206,7 +205,7 @@ def _prepare(
             return str(path), None
         return serialize(proto), folder or path.parent.resolve()
     if isinstance(model, bytes):
-        proto = _parse(model)
+        proto = parse(model)
     elif isinstance(model, ir.Model):
         folder = folder or _common_folder(model)
         proto = ir.to_proto(model)
@@ -228,14 +227,6 @@ def _prepare(
     if change is not None:
         apply(change, proto)
     return serialize(proto), folder
-
-
-def _parse(content: bytes) -> onnx.ModelProto:
-    try:
-        proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
-    except DecodeError as error:
-        raise ValueError(f"these bytes are not an ONNX model: {error}") from error
-    return proto
 
 
 def _common_folder(model: ir.Model) -> Path | None:

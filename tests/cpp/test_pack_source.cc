@@ -159,6 +159,9 @@ void TestMoe() {
       const PackSource source(packed.fc1);
       const bool in_place = source.ToHost(true, kCpu).memory.get() == fc1.begin;
       EXPECT(in_place == (offset == 0), "in place ", in_place, " at offset ", offset);
+      EXPECT(StaysInUse(packed.fc1, kCpuDevice) == in_place, "in use at offset ", offset);
+      EXPECT(!StaysInUse(packed.fc1, kGpu) && !StaysInUse(moe.weights.fc1, kCpuDevice),
+             "uploaded or packed bytes are not in use");
       ExpectError([&] { PrepackQMoe(kCpuDevice, moe.config, packed, nullptr); },
                   "fc1 is packed already");
       if (quant == ActivationQuant::kNone) continue;
@@ -274,6 +277,29 @@ void TestForCuda() {
   ExpectError([] { TargetOf({DeviceType::kCuda, 0, 75}, DType::kFloat16); }, "GPUs of sm_75");
 }
 
+/// Writes the checksum that belongs to a header: FNV-1a with the checksum zeroed.
+void Seal(PackedHeader& header) {
+  header.checksum = 0;
+  uint64_t hash = 0xcbf29ce484222325u;
+  for (size_t i = 0; i < sizeof header; ++i)
+    hash = (hash ^ reinterpret_cast<const uint8_t*>(&header)[i]) * 0x100000001b3u;
+  header.checksum = hash;
+}
+
+/// What is no section, and was in the memory before, does not get into files.
+void TestGaps() {
+  const Weights w("B", 1, 40, 64, 32);
+  const RowReader reader(w.projection);
+  std::vector<uint8_t> results[2];
+  for (const uint8_t before : {0x00, 0xaa}) {
+    PackSource(reader).Prepack("B", false, kCpu, [&](const std::string&, size_t size) {
+      results[before != 0].assign(size, before);
+      return results[before != 0].data();
+    });
+  }
+  EXPECT(results[0] == results[1], "packed bytes depend on what was there before");
+}
+
 void TestDamage() {
   const Weights w("fc1", 2, 32, 64, 16);
   const RowReader reader(w.projection);
@@ -288,6 +314,12 @@ void TestDamage() {
   expect([](Bytes& b) { b.header().checksum ^= 1; }, "damaged");
   expect([](Bytes& b) { b.size -= 256; }, "but their header stands for");
   expect([](Bytes& b) { b.size = 40; }, "less than their header");
+  expect(
+      [](Bytes& b) {
+        b.header().encoding ^= 1;
+        Seal(b.header());
+      },
+      "made by another qmoe_plugin, which lays out int4 as cpu_panel16 in another way");
   // Sealed again by somebody who means harm: sizes that would overflow.
   expect(
       [](Bytes& b) {
@@ -314,6 +346,7 @@ int Main() {
   TestMatMul();
   TestCodebook();
   TestForCuda();
+  TestGaps();
   TestDamage();
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures != 0;

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,15 +15,14 @@ import pytest
 from helpers.cases import Case, MatMulNBitsCase, QMoECase, feeds_of
 from helpers.dtypes import FLOAT_DTYPES
 from helpers.gpu import Driver
-from helpers.models import DOMAIN, save_external
+from helpers.memory import MEGABYTE, big_model, session_cost
+from helpers.models import save_external
 from helpers.run import bits_of, open_session, run, session_options
 from helpers.tolerance import check
 from onnx import TensorProto, helper
 
 pytestmark = pytest.mark.usefixtures("library")
 
-TESTS = Path(__file__).parents[1]
-MEGABYTE = 1 << 20
 # Size of the weights of the memory test. 1024 takes some seconds and 1 GB of disk.
 WEIGHTS_MB = int(os.environ.get("QMOE_PLUGIN_TEST_WEIGHTS_MB", "256"))
 
@@ -134,70 +131,6 @@ def test_memory_pattern_and_arena_off(device: str) -> None:
 # --- memory -----------------------------------------------------------------------------------
 
 
-def big_model(folder: Path, megabytes: int) -> tuple[Path, int]:
-    """A QMoE model with so many MB of int4 weights in an external file, and its packed bytes.
-
-    The file is written piece by piece, so that the parent process does not hold it either.
-    """
-    hidden, inter, block = 2048, 1024, 32
-    shapes = {"fc1": (2 * inter, hidden), "fc2": (hidden, inter)}
-    experts = max(1, megabytes * MEGABYTE * 2 // sum(n * k for n, k in shapes.values()))
-    rng = np.random.default_rng(0)
-    initializers, offset, packed = [], 0, 0
-    with (folder / "big.data").open("wb") as file:
-
-        def store(name: str, data_type: int, shape: tuple[int, ...], expert: bytes) -> None:
-            nonlocal offset
-            offset += -offset % 4096
-            file.seek(offset)
-            for _ in range(experts):
-                file.write(expert)
-            tensor = TensorProto(name=name, data_type=data_type, dims=(experts, *shape))
-            tensor.data_location = TensorProto.EXTERNAL
-            length = experts * len(expert)
-            for key, value in (("location", "big.data"), ("offset", offset), ("length", length)):
-                tensor.external_data.add(key=key, value=str(value))
-            initializers.append(tensor)
-            offset += length
-
-        for name, (n, k) in shapes.items():
-            store(f"{name}_experts_weights", TensorProto.UINT8, (n, k // 2), rng.bytes(n * k // 2))
-            scales = rng.uniform(0.01, 0.02, (n, k // block)).astype(np.float16)
-            store(f"{name}_scales", TensorProto.FLOAT16, (n, k // block), scales.tobytes())
-            # Codes, a float16 scale a block, a float32 factor a row.
-            packed += experts * (n * k // 2 + n * (k // block) * 2 + n * 4)
-    node = helper.make_node(
-        "QMoE",
-        [
-            "input",
-            "router_probs",
-            *(t.name for t in initializers[:2]),
-            "",
-            *(t.name for t in initializers[2:]),
-        ],
-        ["output"],
-        name="node",
-        domain=DOMAIN,
-        k=min(8, experts),
-        activation_type="swiglu",
-        swiglu_fusion=1,
-        block_size=block,
-        weights_prepacked=0,
-    )
-    values = [
-        helper.make_tensor_value_info("input", TensorProto.FLOAT16, ["tokens", hidden]),
-        helper.make_tensor_value_info("router_probs", TensorProto.FLOAT16, ["tokens", experts]),
-        helper.make_tensor_value_info("output", TensorProto.FLOAT16, ["tokens", hidden]),
-    ]
-    graph = helper.make_graph([node], "big", values[:2], values[2:], initializers)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    path = folder / "big.onnx"
-    path.write_bytes(
-        helper.make_model(graph, ir_version=10, opset_imports=opsets).SerializeToString()
-    )
-    return path, packed
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_memory_of_a_session_with_external_data(tmp_path: Path, device: str) -> None:
     """Raw weights are never held beside the packed ones: not on the host, not on the GPU.
@@ -205,19 +138,7 @@ def test_memory_of_a_session_with_external_data(tmp_path: Path, device: str) -> 
     And closed sessions give all of it back.
     """
     path, packed = big_model(tmp_path, WEIGHTS_MB)
-    child = subprocess.run(
-        [sys.executable, "-m", "helpers.memory_child", path, device],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert child.returncode == 0, child.stderr
-    cost = json.loads(child.stdout)
+    cost = session_cost(path, device)
     host_packed = packed if device == "cpu" else 0
     limit = host_packed + 64 * MEGABYTE
     assert cost["host_anonymous"] <= limit, (cost, packed)

@@ -12,6 +12,7 @@ import pytest
 from helpers.blank import SCALE_TYPES, Blank
 from helpers.cases import MatMulNBitsCase, QMoECase
 from helpers.models import one_node_model
+from helpers.packed import packed_tensors, resealed, with_input, with_packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -189,7 +190,8 @@ def op_takes(model):
 def compare(model):
     (node,) = model.graph.node
     node.domain = "qmoe_plugin"
-    model.opset_import.append(helper.make_opsetid("qmoe_plugin", 1))
+    if all(entry.domain != "qmoe_plugin" for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid("qmoe_plugin", 1))
     complaint = op_takes(model)
     node.domain = "com.microsoft"
     report = qmoe_plugin.retarget(model, sm=0)
@@ -231,3 +233,70 @@ def test_matmul_nbits(data):
     tensors = data.draw(reshaped(case.tensors()))
     model = one_node_model("MatMulNBits", tensors, case.attributes(), domain="com.microsoft")
     compare(with_attributes(model, data.draw(subsets(MATMUL_ATTRIBUTES))))
+
+
+def changed_header(draw, content):
+    """Packed weights; perhaps with another header, or of another size."""
+    change = draw(st.sampled_from(["flip", "field", "shorten", "wider", "retype"]))
+    if change == "flip":
+        content = content.copy()
+        content[draw(st.integers(0, 63))] ^= 1 << draw(st.integers(0, 7))
+        return content
+    if change == "shorten":
+        return content[: draw(st.sampled_from([0, 40, 64, content.size - 1, content.size - 256]))]
+    if change == "wider":
+        return content[None]
+    if change == "retype":
+        return content.view(draw(st.sampled_from([np.int8, np.float32])))
+    fields = draw(st.lists(st.sampled_from(sorted(HEADER_FIELDS)), min_size=1, max_size=2))
+    return resealed(content, **{name: draw(HEADER_FIELDS[name]) for name in fields})
+
+
+HEADER_FIELDS = {
+    "magic": st.just(b"QMOEPACX"),
+    "version": st.sampled_from([0, 1, 2]),
+    "layout": st.integers(0, 3),
+    "format": st.sampled_from([b"int2", b"int4", b"int8", b"mxfp4", b"int5", b"", b"\xff" * 12]),
+    "experts": st.sampled_from([0, 1, 4, 5, 2**32 - 1]),
+    "rows": st.sampled_from([0, 47, 48, 64, 128, 192, 2**32 - 1]),
+    "k": st.sampled_from([0, 64, 95, 96, 128, 2**32 - 1]),
+    "block_size": st.sampled_from([0, 16, 24, 32, 64, 2**31]),
+    "flags": st.integers(0, 127),
+    "scale_dtype": st.sampled_from([0, 1, 10, 16]),
+    "encoding": st.just(0),
+    "bytes": st.sampled_from([0, 64, 2**64 - 1]),
+}
+PACKED_INPUTS = st.sampled_from(
+    [
+        np.ones((4, 192, 2), np.float32),
+        np.ones(4, np.float32),
+        np.ones(1, np.float32),
+        np.ones(1, np.uint8),
+    ]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_packed_weights(data):
+    case = data.draw(st.one_of(QMOE_CASES, MATMUL_CASES, BLANKS))
+    model = case.model() if isinstance(case, Blank) else case.model(case.tensors(), "com.microsoft")
+    if not qmoe_plugin.prepack(model, sm=data.draw(st.sampled_from([None, None, None, 90]))).packed:
+        return
+    (node,) = model.graph.node
+    known = QMOE_ATTRIBUTES if node.op_type == "QMoE" else MATMUL_ATTRIBUTES
+    change = data.draw(st.sampled_from(["none", "attribute", "bytes", "swap", "input"]))
+    packed = packed_tensors(model)
+    if change == "attribute":
+        layouts = st.sampled_from(["", "raw", "packed", "other"])
+        model = with_attributes(model, data.draw(subsets({**known, "weights_layout": layouts})))
+    elif change == "bytes":
+        name = data.draw(st.sampled_from(sorted(packed)))
+        model = with_packed(model, {name: changed_header(data.draw, packed[name])})
+    elif change == "swap":
+        model = with_packed(model, dict(zip(packed, reversed(packed.values()), strict=True)))
+    elif change == "input":
+        index = data.draw(st.integers(2 if node.op_type == "MatMulNBits" else 3, 20))
+        limit = 5 if node.op_type == "MatMulNBits" else 20
+        model = with_input(model, min(index, limit), data.draw(PACKED_INPUTS))
+    compare(model)

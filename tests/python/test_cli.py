@@ -89,6 +89,42 @@ def test_strict_fails_if_any_node_is_left(path, stubborn, tmp_path):
     assert main(["retarget", str(both), str(tmp_path / "b.onnx"), "--sm", "0", "--strict"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "device"), [([], "CPU"), (["--cpu"], "CPU"), (["--sm", "90"], "CUDA (sm_90)")]
+)
+def test_prepack(path, tmp_path, flags, device):
+    output = tmp_path / "out" / "packed.onnx"
+    command = [sys.executable, "-m", "qmoe_plugin", "prepack"]
+    done = subprocess.run(
+        [*command, path, output, *flags, "--strict"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        f"packed 1 of 1 nodes for {device}",
+        "  QMoE 'node': fc1 int4 block 32, 4 x 192 x 64; fc2 int4 block 32, 4 x 64 x 96",
+    ]
+    again = subprocess.run(
+        [*command, output, tmp_path / "twice.onnx", *flags, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 1
+    assert json.loads(again.stdout)["already"] == 1
+    assert "no node was packed" in again.stderr
+
+
+def test_prepack_for_two_devices(path, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["prepack", str(path), str(tmp_path / "out.onnx"), "--sm", "90", "--cpu"])
+
+
+def test_prepack_strict(path, tmp_path, capsys):
+    case = MatMulNBitsCase(g_idx="shuffled")
+    stuck = save_external(case.model(case.tensors(), "com.microsoft"), tmp_path, "stuck.onnx")
+    assert main(["prepack", str(stuck), str(tmp_path / "out.onnx"), "--strict"]) == 1
+    assert "B has a g_idx" in capsys.readouterr().out
+
+
 def test_errors_are_one_line(capsys, tmp_path):
     assert main(["retarget", str(tmp_path / "none.onnx"), str(tmp_path / "out.onnx")]) == 1
     error = capsys.readouterr().err

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
-from qmoe_plugin.graph.external_data import provide_external_data
+from qmoe_plugin.graph.external_data import DataFile, provide_external_data
 from qmoe_plugin.graph.walk import copy_domains
 from qmoe_plugin.report import RetargetReport
 
@@ -63,6 +63,15 @@ def load(path: Path) -> onnx.ModelProto:
         raise ValueError(f"{path} is not an ONNX model: {error}") from error
 
 
+def parse(content: bytes) -> onnx.ModelProto:
+    """The model of these bytes."""
+    try:
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(content)
+    except DecodeError as error:
+        raise ValueError(f"these bytes are not an ONNX model: {error}") from error
+    return proto
+
+
 def serialize(proto: onnx.ModelProto) -> bytes:
     """The bytes of a model; a clear error if they are too many."""
     try:
@@ -81,16 +90,25 @@ def _apply_to_file(change: ChangeDomain, source: Path, output: Path) -> Retarget
     if change(decoded).modified:
         copy_domains(decoded, proto)
     provide_external_data(decoded, source.parent, output.parent)
-    _write(serialize(proto), output)
+    write(serialize(proto), output)
     change.report.log()
     return change.report
 
 
-def _write(content: bytes, path: Path) -> None:
-    """Writes a file in one step, so that a failure leaves an older one intact."""
+def write(content: bytes, path: Path, data: DataFile | None = None) -> None:
+    """Writes a model in one step, so that a failure leaves an older one intact.
+
+    Args:
+        content: The model.
+        path: Where to write it.
+        data: A new file with its external data. An older model is never seen together with it.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_bytes(content)
+        if data is not None:
+            path.unlink(missing_ok=True)
+            data.commit()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

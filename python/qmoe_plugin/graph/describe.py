@@ -1,16 +1,23 @@
-"""What kernel selection needs to know of a node, read off the model without reading any weights."""
+"""What kernel selection needs to know of a node, read off the model without reading any weights.
+
+Of weights that were packed before, the header is read.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from qmoe_plugin.devices import Target
 from qmoe_plugin.kernels import Problem
 from qmoe_plugin.library import DOMAIN, OPS
+
+if TYPE_CHECKING:
+    from qmoe_plugin.graph.packed import PackedWeights
 
 STOCK_DOMAIN = "com.microsoft"
 
@@ -27,14 +34,22 @@ class Description:
         gemms: Its matrix products, for one token.
         decided: Attributes whose value was found out from the shapes, and should be written down.
         warning: Something decided by custom rather than by what the node says; "" for nothing.
+        packed: The weights of a node that `qmoe_plugin.prepack` packed; else empty.
     """
 
     gemms: tuple[Problem, ...]
     decided: Mapping[str, int | str] = field(default_factory=dict)
     warning: str = ""
+    packed: tuple[PackedWeights, ...] = ()
 
     def problems(self, target: Target, tokens: int) -> tuple[Problem, ...]:
-        """The matrix products of a run with this many tokens on a device."""
+        """The matrix products of a run with this many tokens on a device.
+
+        Raises:
+            UnsupportedError: If the weights were packed for another one.
+        """
+        for weights in self.packed:
+            weights.check_target(target, self.gemms[0].dtype)
         return tuple(
             dataclasses.replace(gemm, target=target, rows=gemm.rows * tokens) for gemm in self.gemms
         )

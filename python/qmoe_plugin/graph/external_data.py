@@ -2,13 +2,115 @@
 
 from __future__ import annotations
 
-import os
+import math
 import shutil
 from pathlib import Path
+from types import TracebackType
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qmoe_plugin.graph.walk import external_tensors
+
+_PAGE = 4096
+
+
+def raw_bytes(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+    """The bytes of a tensor, [bytes]: a view of the model's memory, or of a mapping of its file.
+
+    The file is mapped for as long as the result lives.
+
+    Raises:
+        ValueError: If the file is too short.
+    """
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    size, offset = tensor.nbytes, tensor.offset or 0
+    if size == 0:
+        return np.empty(0, np.uint8)
+    end = Path(tensor.path).stat().st_size
+    if tensor.length not in (None, size) or offset + size > end:
+        raise ValueError(
+            f"tensor '{tensor.name}' has {size} bytes from {offset} on, but the model says "
+            f"{tensor.length}, and {tensor.path} ends at {end}; the model is damaged"
+        )
+    return np.memmap(tensor.path, np.uint8, "r", offset, (size,))
+
+
+class DataFile:
+    """A new file of external data.
+
+    It gets its name when it is whole: until `commit`, an older file of this name stays as it is.
+    Without `commit`, nothing is left of it when the `with` block ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Makes a file.
+
+        Args:
+            path: Its path, in the folder of the model.
+        """
+        self.path = path
+        self._partial = path.with_name(f"{path.name}.partial")
+        self._moved: dict[tuple[str, int, int], int] = {}  # offsets by path, offset and size
+
+    def __enter__(self) -> DataFile:
+        """Opens the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("wb")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the file, and removes what was not committed."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def add(self, name: str, content: npt.NDArray[np.uint8]) -> ir.ExternalTensor:
+        """Appends a uint8 tensor [bytes]."""
+        return self._tensor(name, self._write(content), ir.DataType.UINT8, ir.Shape(content.shape))
+
+    def move(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """Appends the bytes of a tensor that are in another file; leaves other tensors alone."""
+        if not isinstance(tensor, ir.ExternalTensor) or Path(tensor.path) == self.path:
+            return tensor
+        source = (tensor.path, tensor.offset or 0, tensor.nbytes)
+        if source not in self._moved:
+            self._moved[source] = self._write(raw_bytes(tensor))
+        return self._tensor(tensor.name, self._moved[source], tensor.dtype, tensor.shape)
+
+    def commit(self) -> None:
+        """Gives the file its name, unless it is empty."""
+        self._file.close()
+        if self._partial.stat().st_size:
+            self._partial.replace(self.path)
+
+    def _write(self, content: npt.NDArray[np.uint8]) -> int:
+        """Appends bytes; those of a page or more start a page, so that they can be mapped."""
+        alignment = _PAGE if content.size >= _PAGE else 64
+        offset = -(-self._file.tell() // alignment) * alignment
+        self._file.seek(offset)
+        self._file.write(content.data)
+        return offset
+
+    def _tensor(
+        self, name: str | None, offset: int, dtype: ir.DataType, shape: ir.Shape
+    ) -> ir.ExternalTensor:
+        size = -(-math.prod(shape.numpy()) * dtype.bitwidth // 8)
+        return ir.ExternalTensor(
+            self.path.name,
+            offset,
+            size,
+            dtype,
+            shape=shape,
+            name=name or "",
+            base_dir=self.path.parent,
+        )
 
 
 def provide_external_data(model: ir.Model, source: Path, destination: Path) -> None:
@@ -26,14 +128,24 @@ def provide_external_data(model: ir.Model, source: Path, destination: Path) -> N
     destination.mkdir(parents=True, exist_ok=True)
     if destination.resolve() == source.resolve():
         return
-    for location in sorted({os.fspath(tensor.location) for tensor in external_tensors(model)}):
-        relative = Path(location)
-        if relative.is_absolute() or ".." in relative.parts:
-            raise ValueError(
-                f"the model keeps weights in '{location}', outside its own folder; write the new "
-                f"model to {source}, or save the model with its data beside it first"
-            )
+    for relative in data_files(model):
         _provide(source / relative, destination / relative)
+
+
+def data_files(model: ir.Model) -> list[Path]:
+    """The files with the external data of a model, relative to its folder.
+
+    Raises:
+        ValueError: If one is not in the folder.
+    """
+    files = sorted({Path(tensor.location) for tensor in external_tensors(model)})
+    for file in files:
+        if file.is_absolute() or ".." in file.parts:
+            raise ValueError(
+                f"the model keeps weights in '{file}', outside its own folder; save it with its "
+                "data beside it first"
+            )
+    return files
 
 
 def _provide(source: Path, destination: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reads attributes of a node, and types and shapes of its inputs. Never the bytes of a weight."""
+"""Reads attributes of a node, and types and shapes of its inputs. Never reads a weight."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ class Constant:
 
 
 def constant(node: ir.Node, index: int, name: str) -> Constant | None:
+    """Type and shape of the constant at an input of a node; None if it was left out.
+
+    Raises:
+        UnsupportedError: If something that is not constant is there.
+    """
+    tensor = constant_tensor(node, index, name)
+    return None if tensor is None else Constant(name, tensor.dtype, tuple(tensor.shape.numpy()))
+
+
+def constant_tensor(node: ir.Node, index: int, name: str) -> ir.TensorProtocol | None:
     """The constant at an input of a node; None if it was left out.
 
     Constant is what ONNX Runtime hands to a kernel when it is made: an initializer of this graph or
@@ -47,8 +57,7 @@ def constant(node: ir.Node, index: int, name: str) -> Constant | None:
     value = node.inputs[index] if given(node, index) else None
     if value is None:
         return None
-    tensor = _constant_tensor(node, value, f"{name} (input {index}, '{value.name}')")
-    return Constant(name, tensor.dtype, tuple(tensor.shape.numpy()))
+    return _constant_tensor(node, value, f"{name} (input {index}, '{value.name}')")
 
 
 def required(node: ir.Node, index: int, name: str) -> Constant:

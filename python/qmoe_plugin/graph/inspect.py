@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qmoe_plugin.graph.apply import load
 from qmoe_plugin.graph.describe import STOCK_DOMAIN
-from qmoe_plugin.graph.walk import bodies, label
+from qmoe_plugin.graph.walk import bodies, external_tensors, label
 from qmoe_plugin.kernels import Explanation, explain
 from qmoe_plugin.library import DOMAIN, OPS
 
@@ -54,7 +54,9 @@ def explain_model(
     tokens: int = 1,
     name: str | None = None,
 ) -> list[NodeAnswer]:
-    """Explains each QMoE and MatMulNBits node of a model; weights are not read.
+    """Explains each QMoE and MatMulNBits node of a model.
+
+    Weights are not read, but for the headers of those that were packed before.
 
     Args:
         model: The model, or its path.
@@ -66,7 +68,10 @@ def explain_model(
         ValueError: If there is no such node.
     """
     if not isinstance(model, ir.Model):
+        folder = Path(model).parent
         model = ir.from_proto(load(Path(model)))
+        for tensor in external_tensors(model):
+            tensor.base_dir = folder  # of packed weights, the header is read
     answers = [
         _answer(node, sm, tokens)
         for body in bodies(model)

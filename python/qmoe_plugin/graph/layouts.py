@@ -7,6 +7,8 @@ raw         [E, N, K * bits / 8]         any quant_type
 fpa_intb    [E, K, N * bits / 8]         "int" of 4 and 8 bits, prepacked for stock CUDA kernels
 k_major     [E, K, N * bits / 8]         the 4-bit floats, as stock CUDA kernels want them
 ==========  ===========================  ========================================================
+
+Weights that were packed before say themselves what they are: `qmoe_plugin.graph.packed`.
 """
 
 from __future__ import annotations
@@ -18,11 +20,9 @@ import onnx_ir as ir
 
 from qmoe_plugin.graph.describe import UnsupportedError
 from qmoe_plugin.graph.inputs import integer, string
+from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE
 from qmoe_plugin.graph.projections import Projection
 from qmoe_plugin.graph.scales import ScalePlan
-
-LAYOUT_ATTRIBUTE = "weights_layout"
-"""An attribute of ours that com.microsoft does not have."""
 
 NAMES = {
     "raw": "raw",

@@ -6,6 +6,7 @@ import dataclasses
 
 import onnx_ir as ir
 
+from qmoe_plugin import formats
 from qmoe_plugin.graph.describe import Description, UnsupportedError
 from qmoe_plugin.graph.inputs import (
     FLOATS,
@@ -16,8 +17,16 @@ from qmoe_plugin.graph.inputs import (
     integer,
     known_attributes,
     required,
+    string,
 )
 from qmoe_plugin.graph.layouts import NAMES, refuse_layout
+from qmoe_plugin.graph.packed import (
+    LAYOUT_ATTRIBUTE,
+    is_packed,
+    read_packed,
+    refuse_other_inputs,
+    refuse_stock_layout,
+)
 from qmoe_plugin.graph.projections import check_zero_points
 from qmoe_plugin.graph.scales import check_block_size, find_format
 from qmoe_plugin.kernels import Problem
@@ -35,12 +44,18 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our op cannot run it.
     """
-    known_attributes(node, STOCK_ATTRIBUTES)
+    known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE))
     n, k, block_size = (integer(node, name, 0) for name in ("N", "K", "block_size"))
     if n < 1 or k < 1:
         raise UnsupportedError(f"N is {n} and K is {k}; both must be given and positive")
     check_block_size(block_size)
     fmt = find_format("int", integer(node, "bits", 4))
+    if is_packed(node):
+        return _describe_packed(node, fmt, n, k, block_size)
+    if string(node, LAYOUT_ATTRIBUTE, ""):
+        raise UnsupportedError(
+            f"{LAYOUT_ATTRIBUTE} is '{string(node, LAYOUT_ATTRIBUTE, '')}'; only packed is allowed"
+        )
     _check_layout(integer(node, "weight_prepacked", 0), n, k, fmt.bits, block_size)
     groups = fmt.groups(k, block_size)
     codes, scales = required(node, 1, "B"), _by_row(required(node, 2, "scales"), n)
@@ -75,6 +90,27 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
         accuracy_level=accuracy_level(node),
     )
     return Description((gemm,))
+
+
+def _describe_packed(
+    node: ir.Node, fmt: formats.Format, n: int, k: int, block_size: int
+) -> Description:
+    """Describes a node that `qmoe_plugin.prepack` packed."""
+    refuse_other_inputs(node, (0, 1))
+    refuse_stock_layout(node, "weight_prepacked", 0)
+    weights = read_packed(node, 1, "B", fmt, block_size)
+    weights.check_matrix(1, n, k, gated=False, scaled=False)
+    gemm = Problem(
+        stage="dense",
+        format=fmt.name,
+        n=n,
+        k=k,
+        dtype=activation_dtype(node),
+        block_size=block_size,
+        zero_points=weights.zero_points,
+        accuracy_level=accuracy_level(node),
+    )
+    return Description((gemm,), packed=(weights,))
 
 
 _LAYOUTS = ("raw", "fpa_intb", "fpa_intb90")  # by weight_prepacked

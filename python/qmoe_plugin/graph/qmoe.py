@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Literal
+from collections.abc import Callable
 
 import onnx_ir as ir
 
+from qmoe_plugin import formats
 from qmoe_plugin.graph.describe import Description, UnsupportedError
 from qmoe_plugin.graph.inputs import (
     accuracy_level,
@@ -17,9 +19,22 @@ from qmoe_plugin.graph.inputs import (
     real,
     string,
 )
-from qmoe_plugin.graph.layouts import LAYOUT_ATTRIBUTE, decide_layout
+from qmoe_plugin.graph.layouts import decide_layout
+from qmoe_plugin.graph.packed import (
+    LAYOUT_ATTRIBUTE,
+    is_packed,
+    read_packed,
+    refuse_other_inputs,
+    refuse_stock_layout,
+)
 from qmoe_plugin.graph.projections import Projection, Tensors, read_tensors
-from qmoe_plugin.graph.scales import ScalePlan, check_per_expert, plan_scales, weight_format
+from qmoe_plugin.graph.scales import (
+    ScalePlan,
+    check_act_scales,
+    check_global_scales,
+    plan_scales,
+    weight_format,
+)
 from qmoe_plugin.kernels import Problem
 
 STOCK_ATTRIBUTES = (
@@ -72,6 +87,9 @@ _GATED = ("swiglu", "geglu")
 
 # Input numbers of weights, scales, bias and zero points.
 _INPUTS = {"fc1": (2, 3, 4, 11), "fc2": (5, 6, 7, 12), "fc3": (8, 9, 10, 13)}
+_FC1_ACT_SCALE = 17
+# Activations, weights, and scales of activations.
+_BESIDE_PACKED = (0, 1, 2, 5, 14, 17, 18, 19, 20)
 _MAX_EXPERTS = 1024
 
 
@@ -88,36 +106,78 @@ def describe_qmoe(node: ir.Node) -> Description:
     has_fc3 = _has_fc3(node)
     activation = _activation(node, has_fc3)
     plan = plan_scales(node, has_fc3=has_fc3)
+    if is_packed(node):
+        return _describe_packed(node, plan, activation)
     projections = _projections(node, plan, fused=activation in _GATED and not has_fc3)
     fc1, fc2 = projections[:2]
-    check_per_expert(node, plan, fc1.experts)
+    check_global_scales(node, plan, fc1.experts)
+    check_act_scales(node, fc1.experts)
     layout = decide_layout(node, plan, projections)
     _check_sizes(fc1.k, fc2.k, plan)
     for p in projections:
         p.check(plan)
 
-    topk = _topk(node, fc1.experts)
     dtype = activation_dtype(node, fc1.tensors.bias, fc2.tensors.bias, fc1.tensors.scales)
-    accuracy = accuracy_level(node)
-
-    def problem(p: Projection, stage: Literal["fc1", "fc2"], n: int, epilogue: str) -> Problem:
-        return Problem(
-            stage=stage,
-            format=p.tensors.format.name,
-            n=n,
-            k=p.k,
-            rows=topk,
-            dtype=dtype,
-            activation=epilogue,
-            experts=p.experts,
-            block_size=plan.block_size,
-            zero_points=p.tensors.zero_points is not None,
-            accuracy_level=accuracy,
-        )
-
-    fc1_rows = 2 * fc1.n if has_fc3 else fc1.n
-    gemms = (problem(fc1, "fc1", fc1_rows, activation), problem(fc2, "fc2", fc2.n, "identity"))
+    problem = _problem(node, fc1.experts, plan, dtype)
+    gemms = (
+        problem(
+            stage="fc1",
+            format=fc1.tensors.format.name,
+            n=2 * fc1.n if has_fc3 else fc1.n,
+            k=fc1.k,
+            activation=activation,
+            zero_points=fc1.tensors.zero_points is not None,
+        ),
+        problem(
+            stage="fc2",
+            format=fc2.tensors.format.name,
+            n=fc2.n,
+            k=fc2.k,
+            zero_points=fc2.tensors.zero_points is not None,
+        ),
+    )
     return Description(gemms, layout.attributes, layout.warning)
+
+
+def _describe_packed(node: ir.Node, plan: ScalePlan, activation: str) -> Description:
+    """Describes a node that `qmoe_plugin.prepack` packed."""
+    refuse_other_inputs(node, _BESIDE_PACKED)
+    refuse_stock_layout(node, "weights_prepacked", -1)
+    fmt = _formats(node, plan)
+    fc1, fc2 = (
+        read_packed(node, _INPUTS[name][0], name, fmt[name], plan.block_size)
+        for name in ("fc1", "fc2")
+    )
+    gated, scaled = activation in _GATED, given(node, _FC1_ACT_SCALE)
+    fc1.check_matrix(fc1.experts, fc2.k * (2 if gated else 1), fc1.k, gated=gated, scaled=scaled)
+    fc2.check_matrix(fc1.experts, fc1.k, fc2.k, gated=False, scaled=scaled)
+    check_act_scales(node, fc1.experts)
+    _check_sizes(fc1.k, fc2.k, plan)
+    problem = _problem(node, fc1.experts, plan, activation_dtype(node))
+    gemms = tuple(
+        problem(
+            stage=p.name,
+            format=p.format,
+            n=p.rows,
+            k=p.k,
+            activation=activation if p is fc1 else "identity",
+            zero_points=p.zero_points,
+        )
+        for p in (fc1, fc2)
+    )
+    return Description(gemms, packed=(fc1, fc2))
+
+
+def _problem(node: ir.Node, experts: int, plan: ScalePlan, dtype: str) -> Callable[..., Problem]:
+    """Makes a problem of what its matrix is and of what all matrices of the node share."""
+    return functools.partial(
+        Problem,
+        rows=_topk(node, experts),
+        dtype=dtype,
+        experts=experts,
+        block_size=plan.block_size,
+        accuracy_level=accuracy_level(node),
+    )
 
 
 def _has_fc3(node: ir.Node) -> bool:
@@ -155,25 +215,26 @@ def _projections(node: ir.Node, plan: ScalePlan, *, fused: bool) -> list[Project
 
 
 def _tensors(node: ir.Node, plan: ScalePlan) -> dict[str, Tensors]:
-    bits = weight_format(plan, node, "expert_weight_bits").bits
-    fc1 = weight_format(plan, node, "fc1_expert_weight_bits", bits)
-    formats = {
-        "fc1": fc1,
-        "fc2": weight_format(plan, node, "fc2_expert_weight_bits", bits),
-        "fc3": weight_format(plan, node, "fc3_expert_weight_bits", fc1.bits),
-    }
-    if formats["fc3"] is not fc1:
-        raise UnsupportedError(
-            f"fc3 has {formats['fc3'].bits} bits and fc1 {fc1.bits}; gates and ups must have the "
-            "same"
-        )
+    fmt = _formats(node, plan)
     names = [name for name, indices in _INPUTS.items() if name != "fc3" or given(node, indices[0])]
-    tensors = {name: read_tensors(node, name, formats[name], plan, _INPUTS[name]) for name in names}
+    tensors = {name: read_tensors(node, name, fmt[name], plan, _INPUTS[name]) for name in names}
     scales = [t.scales for t in tensors.values() if t.scales is not None]
     for other in scales[1:]:
         if other.dtype is not scales[0].dtype:
             raise UnsupportedError(f"{scales[0]} and {other} must have the same type")
     return tensors
+
+
+def _formats(node: ir.Node, plan: ScalePlan) -> dict[str, formats.Format]:
+    bits = weight_format(plan, node, "expert_weight_bits").bits
+    fc1 = weight_format(plan, node, "fc1_expert_weight_bits", bits)
+    fc2 = weight_format(plan, node, "fc2_expert_weight_bits", bits)
+    fc3 = weight_format(plan, node, "fc3_expert_weight_bits", fc1.bits)
+    if fc3 is not fc1:
+        raise UnsupportedError(
+            f"fc3 has {fc3.bits} bits and fc1 {fc1.bits}; gates and ups must have the same"
+        )
+    return {"fc1": fc1, "fc2": fc2, "fc3": fc3}
 
 
 def _check_sizes(hidden_size: int, inter_size: int, plan: ScalePlan) -> None:

@@ -13,6 +13,7 @@ from qmoe_plugin.devices import Target, target
 from qmoe_plugin.graph import matmul_nbits, qmoe
 from qmoe_plugin.graph.apply import apply
 from qmoe_plugin.graph.describe import STOCK_DOMAIN, Description, UnsupportedError, describe
+from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE, PACKED
 from qmoe_plugin.graph.walk import bodies, label
 from qmoe_plugin.kernels import ask
 from qmoe_plugin.library import DOMAIN, OPS
@@ -173,7 +174,7 @@ class Retarget(ChangeDomain):
     def check(self, node: ir.Node) -> str:
         """Why a node stays in com.microsoft; "" if it can be moved."""
         try:
-            self._choose(describe(node))
+            self.choose(describe(node))
         except UnsupportedError as error:
             return str(error)
         return ""
@@ -191,13 +192,18 @@ class Retarget(ChangeDomain):
         if former:
             node.metadata_props[RESTORE_KEY] = json.dumps(former)
         node.domain = DOMAIN
-        return self._choose(description), description.warning
+        return self.choose(description), description.warning
 
     def target_text(self) -> str:
         """What kernels are chosen for."""
         return str(self.target)
 
-    def _choose(self, description: Description) -> tuple[KernelChoice, ...]:
+    def choose(self, description: Description) -> tuple[KernelChoice, ...]:
+        """The kernels that will run a node, for few tokens and for many.
+
+        Raises:
+            UnsupportedError: If there is none.
+        """
         choices: dict[tuple[str, int], str] = {}
         for tokens in TYPICAL_TOKENS:
             for problem in description.problems(self.target, tokens):
@@ -212,7 +218,8 @@ class Unretarget(ChangeDomain):
     """The pass behind `unretarget`.
 
     A QMoE or MatMulNBits node of our domain is moved to com.microsoft if the op there has all its
-    attributes. Attributes that `retarget` wrote get back their former value.
+    attributes, and its weights were not packed by `qmoe_plugin.prepack`. Attributes that `retarget`
+    wrote get back their former value.
     """
 
     source = DOMAIN
@@ -221,6 +228,12 @@ class Unretarget(ChangeDomain):
 
     def check(self, node: ir.Node) -> str:
         """Why a node stays in our domain; "" if it can be moved."""
+        layout = node.attributes.get(LAYOUT_ATTRIBUTE)
+        if layout is not None and layout.value == PACKED:
+            return (
+                "its weights are packed, which the op of com.microsoft cannot read; take the model "
+                "that was given to qmoe_plugin.prepack"
+            )
         written = {name for name, value in _former(node).items() if value is None}
         unknown = sorted(set(node.attributes) - STOCK_ATTRIBUTES[node.op_type] - written)
         if unknown:

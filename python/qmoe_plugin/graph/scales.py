@@ -154,8 +154,8 @@ def check_block_size(block_size: int) -> None:
         )
 
 
-def check_per_expert(node: ir.Node, plan: ScalePlan, experts: int) -> None:
-    """Refuses global and activation scales that are not one float an expert."""
+def check_global_scales(node: ir.Node, plan: ScalePlan, experts: int) -> None:
+    """Refuses global scales that are not one float an expert, or not as quant_type has them."""
     for index in GLOBAL_SCALES.values():
         if given(node, index) != plan.has_global_scales:
             problem = "missing" if plan.has_global_scales else "not supported"
@@ -164,6 +164,10 @@ def check_per_expert(node: ir.Node, plan: ScalePlan, experts: int) -> None:
                 f"with block_size {plan.block_size}"
             )
         _check_per_expert(node, index, [(experts,)])
+
+
+def check_act_scales(node: ir.Node, experts: int) -> None:
+    """Refuses activation scales that are not one float, or one float an expert."""
     for index in _ACT_SCALES:
         _check_per_expert(node, index, [(experts,), (1,)])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx
@@ -44,6 +44,26 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     for tensor in _tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             yield tensor
+
+
+def replace_tensors(
+    model: ir.Model, replace: Callable[[ir.TensorProtocol], ir.TensorProtocol]
+) -> None:
+    """Puts `replace(tensor)` in the place of each tensor of a model."""
+    for body in bodies(model):
+        for graph in body.graphs():
+            for value in graph.initializers.values():
+                if value.const_value is not None:
+                    value.const_value = replace(value.const_value)
+        for node in body.nodes():
+            for name, attribute in node.attributes.items():
+                if attribute.is_ref():
+                    continue
+                if attribute.type is ir.AttributeType.TENSOR:
+                    node.attributes[name] = ir.AttrTensor(name, replace(attribute.as_tensor()))
+                elif attribute.type is ir.AttributeType.TENSORS:
+                    replaced = [replace(tensor) for tensor in attribute.as_tensors()]
+                    node.attributes[name] = ir.AttrTensors(name, replaced)
 
 
 def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol | None]:

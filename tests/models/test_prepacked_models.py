@@ -1,0 +1,49 @@
+"""Exported models whose weights were packed ahead of time give the bits of those as exported."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qmoe_plugin
+from models import check, export
+from models.runner import Decoder
+from models.test_genai_models import EXACT, configure, generate
+from qmoe_plugin.devices import best_target
+
+pytestmark = pytest.mark.models
+
+
+def prepack(item: export.Export, exports: export.Exports, output: Path, sm: int | None) -> None:
+    """Writes the packed model; nothing may be left unpacked."""
+    report = qmoe_plugin.prepack(exports.model(item) / "model.onnx", output, sm=sm)
+    assert report.packed
+    assert not report.kept, str(report)
+
+
+@pytest.mark.parametrize("item", export.EXPORTS, ids=lambda item: item.id)
+def test_logits(item: export.Export, exports: export.Exports, device: str, tmp_path: Path) -> None:
+    sm = best_target().sm if device == "cuda" else None
+    packed = tmp_path / "packed" / "model.onnx"
+    prepack(item, exports, packed, sm)
+    exported = check.open_session(exports.model(item), device, tmp_path)
+    prepacked = qmoe_plugin.session(packed, check.PROVIDERS[device])
+    expected = exports.expected(item)
+    first, second = Decoder(exported), Decoder(prepacked)
+    for tokens in (expected.prompt, *([token] for token in expected.tokens[:3])):
+        np.testing.assert_array_equal(first.step(tokens), second.step(tokens))
+
+
+@pytest.mark.parametrize("item", EXACT, ids=lambda item: item.id)
+def test_genai_generates_the_same_tokens(
+    item: export.Export, exports: export.Exports, tmp_path: Path
+) -> None:
+    folder = tmp_path / "genai"
+    ignored = shutil.ignore_patterns("model.onnx*")
+    shutil.copytree(exports.model(item), folder, ignore=ignored)
+    prepack(item, exports, folder / "model.onnx", None)
+    configure(folder, {})
+    assert generate(folder, exports.expected(item)) == exports.expected(item).tokens
