@@ -24,7 +24,7 @@
 namespace qmoe_plugin::gemv_sm80 {
 
 inline constexpr int kWarps = 16, kThreads = kWarps * 32;
-inline constexpr int kMaxSlots = 4;  // of a block at once
+inline constexpr int kMaxSlots = 4;  // that a block works on at once
 static_assert(kWarps >= kFusedTokens);
 
 /// How block scales lie along k: one every 16, every 32, or every 64 or more (and per channel).
@@ -51,9 +51,8 @@ class FastDivisor {
 
 /// How a launch is cut.
 struct Plan {
-  int slot_rows;  // of x, at most
-  int slots;      // of a block at once
-  int row_stride;  // bytes of a row of x in shared memory; 16 mod 128: ldmatrix without bank conflicts
+  int rows;        // of x in shared memory, at most: of all slots that a block works on at once
+  int row_stride;  // bytes of one; 16 mod 128: ldmatrix without bank conflicts
   FastDivisor k_tiles, row_tiles, x_chunks, blocks;
 };
 
@@ -101,21 +100,6 @@ class Loader {
         static_cast<const __half*>(lane < kScaleChunks ? args.block_scales : args.zero_offsets);
     copies_scales_ = scales_ != nullptr && lane < kScaleChunks * (kOffsets ? 2 : 1);
     if (left > 0) Begin(args, k_tile);
-  }
-
-  /// Brings what comes next of this row tile's slot into L2, so much that it bridges the time until the copies go on.
-  __device__ void Prefetch(const CudaGemmArgs& args) const {
-    constexpr int kAhead = 8 << 10;  // bytes of codes
-    const int row_tiles_left = args.row_tiles - 1 - row_tile_;
-    const int64_t codes = int64_t(whole_ * Stage::kTiles + rest_) * kStride +
-                          min(int64_t(left_) * kStride, row_tiles_left * args.tile_bytes);
-    const int bytes = int(min(int64_t(kAhead), codes));
-    for (int at = lane_ * 128; at < bytes; at += 32 * 128) PrefetchL2(codes_ - lane_ * 16 + at);
-    if (kBlocks == Blocks::kWide || !copies_scales_) return;
-    const char* scales = reinterpret_cast<const char*>(row_scales_);
-    const int scale_bytes = bytes / kStride * Stage::kTileScaleBytes;
-    if (lane_ % kScaleChunks == 0)
-      for (int at = 0; at < scale_bytes; at += 128) PrefetchL2(scales + at);
   }
 
   /// Copies the next stage, if there is one, and commits.
@@ -197,12 +181,15 @@ __device__ inline void AddScaled(const float (&part)[4], float2 scale, float (&s
   sums[2] += part[2] * scale.y, sums[3] += part[3] * scale.y;
 }
 
-/// Adds k tile `tile` of a stage to the lane's sums. x[n] is where this lane's ldmatrix row of n8 tile n lies at the stage's
-/// first k.
-template <class F, class T, Blocks kBlocks, bool kOffsets, int kN>
+/// Adds k tile `tile` of a stage to the lane's sums, of the first kActive n8 tiles. x[n] is where this lane's ldmatrix row of
+/// n8 tile n lies at the stage's first k.
+template <class F, class T, Blocks kBlocks, bool kOffsets, int kActive, int kN>
 __device__ void Accumulate(const CudaGemmArgs& args, uint32_t stage, int tile, int lane,
-                           const uint32_t (&x)[kN], bool second, float (&sums)[kN][4]) {
+                           const uint32_t (&x)[kN], float (&sums)[kN][4]) {
   using Stage = gemv_sm80::Stage<F, kBlocks, kOffsets, kN>;
+  constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+  constexpr uint32_t kOnesA[4] = {kOnes, kOnes, kOnes, kOnes};
+  constexpr int kSteps = kFragmentsPerTile / Stage::kPairs;  // k16 steps that share a scale
   LaneCodes<F> codes;
   codes.LoadShared(stage + tile * TileBytes(F::kBits), lane);
   __half2 scales[Stage::kPairs], offsets[Stage::kPairs];
@@ -218,16 +205,12 @@ __device__ void Accumulate(const CudaGemmArgs& args, uint32_t stage, int tile, i
                                                                          : __float2half2_rn(1.0f);
     if constexpr (kOffsets) offsets[p] = load(Stage::kOffsetsAt);
   }
-  constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
-  constexpr uint32_t kOnesA[4] = {kOnes, kOnes, kOnes, kOnes};
-  constexpr int kSteps = kBlocks == Blocks::k16 ? 1 : kBlocks == Blocks::k32 ? 2 : 4;  // a scale
-  float part[kN][4] = {}, x_sum[kN][4] = {};
+  float part[kActive][4] = {}, x_sum[kActive][4] = {};
 #pragma unroll
   for (int pair = 0; pair < kFragmentsPerTile / 2; ++pair) {
-    uint32_t b[kN][4];
+    uint32_t b[kActive][4];
 #pragma unroll
-    for (int n = 0; n < kN; ++n)
-      if (n == 0 || second) LoadMatrix4(b[n], x[n] + tile * (kTileK * 2) + pair * 64);
+    for (int n = 0; n < kActive; ++n) LoadMatrix4(b[n], x[n] + tile * (kTileK * 2) + pair * 64);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int step = 2 * pair + half;
@@ -237,16 +220,14 @@ __device__ void Accumulate(const CudaGemmArgs& args, uint32_t stage, int tile, i
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = reinterpret_cast<const uint32_t&>(w[i]);
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        if (n > 0 && !second) break;
+      for (int n = 0; n < kActive; ++n) {
         Mma<T>(part[n], a, b[n][2 * half], b[n][2 * half + 1]);
         if constexpr (kOffsets) Mma<T>(x_sum[n], kOnesA, b[n][2 * half], b[n][2 * half + 1]);
       }
       if ((step + 1) % kSteps != 0) continue;
       const float2 scale = __half22float2(scales[step / kSteps]);
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        if (n > 0 && !second) break;
+      for (int n = 0; n < kActive; ++n) {
         if constexpr (kOffsets)
           AddScaled(x_sum[n], __half22float2(offsets[step / kSteps]), part[n]);
         AddScaled(part[n], scale, sums[n]);
@@ -282,14 +263,14 @@ __device__ void Finish(const CudaGemmArgs& args, const RowTile& tile, int row_ti
   }
 }
 
-/// Rows of x of `slots` slots, to shared memory. Waits for nothing.
+/// Rows of x of `slots` slots, one after the other, to shared memory. Waits for nothing.
 template <class T>
 __device__ void StageX(const CudaGemmArgs& args, const Plan& plan, const RowTile* tiles, int slots,
                        const int* row_token, char* shared) {
   const uintptr_t bits = reinterpret_cast<uintptr_t>(args.x) | (args.x_stride * sizeof(T));
   const bool aligned = bits % 16 == 0 && args.k % 8 == 0;
   const int chunks = (args.k + kTileK - 1) / kTileK * 8;
-  for (int slot = 0; slot < slots; ++slot) {
+  for (int slot = 0; slot < slots; shared += tiles[slot++].row_count * plan.row_stride) {
     const RowTile tile = tiles[slot];
     for (int index = threadIdx.x; index < tile.row_count * chunks; index += kThreads) {
       const int row = plan.x_chunks.Divide(index), k = (index - row * chunks) * 8;
@@ -297,7 +278,7 @@ __device__ void StageX(const CudaGemmArgs& args, const Plan& plan, const RowTile
       const T* source = row_token != nullptr
                             ? static_cast<const T*>(args.x) + row_token[sorted] * args.x_stride
                             : XRow<T>(args, sorted);
-      char* target = shared + (slot * plan.slot_rows + row) * plan.row_stride + k * int(sizeof(T));
+      char* target = shared + row * plan.row_stride + k * int(sizeof(T));
       if (aligned) {
         CopyAsync16(target, k < args.k ? source + k : source, k < args.k);
         continue;
@@ -339,9 +320,7 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
   const int block_end = begin + share + (block < more);
   while (begin < block_end) {
     const int first_slot = plan.row_tiles.Divide(begin);
-    const int end = min(block_end, (first_slot + plan.slots) * args.row_tiles);
-    const int used = plan.row_tiles.Divide(end - 1) - first_slot + 1;
-    if (threadIdx.x < used) {
+    if (threadIdx.x < kMaxSlots && first_slot + int(threadIdx.x) < slots) {
       RowTile tile;
       if (fused.enabled)
         tile = route.tiles[first_slot + threadIdx.x];
@@ -350,6 +329,12 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
       tiles[threadIdx.x] = tile;
     }
     __syncthreads();
+    // As many slots as the block needs and there is room for.
+    const int wanted = min(plan.row_tiles.Divide(block_end - 1) - first_slot + 1, kMaxSlots);
+    int used = 1;
+    for (int rows = tiles[0].row_count; used < wanted; ++used)
+      if ((rows += tiles[used].row_count) > plan.rows) break;
+    const int end = min(block_end, (first_slot + used) * args.row_tiles);
 
     // This warp's k tiles [first, last) of those of units [begin, end).
     const int total = (end - begin) * k_tiles;
@@ -360,7 +345,6 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
         args, ring, tiles + load_slot - first_slot, begin + first_unit - load_slot * args.row_tiles,
         first - first_unit * k_tiles, last - first, k_tiles, lane);
     for (int i = 0; i < Stage::kDepth - 1; ++i) loader.Load(args);
-    if (args.overlap == Overlap::kPrevious && !args.tiles_are_new) loader.Prefetch(args);
     for (int unit = begin + threadIdx.x; unit < end; unit += kThreads) {
       const int slot = plan.row_tiles.Divide(unit);
       const int64_t at = (int64_t(tiles[slot - first_slot].expert) * args.row_tiles + unit -
@@ -383,28 +367,40 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
       const int unit_last = min(last, unit_first + k_tiles);
       const int all_slot = plan.row_tiles.Divide(begin + unit), slot = all_slot - first_slot;
       const int rows = tiles[slot].row_count;
+      int row_before = 0;
+      for (int i = 0; i < slot; ++i) row_before += tiles[i].row_count;
       uint32_t x[kN];
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         const int row = n * 8 + lane % 8;
         x[n] = SharedAddress(shared_x) + lane / 8 * 16 + (position - unit_first) * (kTileK * 2) +
-               (slot * plan.slot_rows + (row < rows ? row : 0)) * plan.row_stride;
+               (row_before + (row < rows ? row : 0)) * plan.row_stride;
       }
       const bool whole = position == unit_first && unit_last == unit_first + k_tiles;
-      while (position < unit_last) {
-        CopyAsyncWait<Stage::kDepth - 2>();
-        __syncwarp();  // the stage has arrived for all lanes, and all have read the one before
-        loader.Load(args);
+      const auto multiply = [&]<int kActive>() {
+        while (position < unit_last) {
+          CopyAsyncWait<Stage::kDepth - 2>();
+          __syncwarp();  // the stage has arrived for all lanes, and all have read the one before
+          loader.Load(args);
+          const auto accumulate = [&](int tile) {
+            Accumulate<F, T, kBlocks, kOffsets, kActive>(args, ring + stage, tile, lane, x, sums);
+          };
+          if (position + Stage::kTiles <= unit_last) {
 #pragma unroll
-        for (int tile = 0; tile < Stage::kTiles; ++tile)
-          if (tile == 0 || position + tile < unit_last)
-            Accumulate<F, T, kBlocks, kOffsets, kN>(args, ring + stage, tile, lane, x, rows > 8,
-                                                    sums);
-        position += Stage::kTiles;
-        stage = stage == Stage::kRing - Stage::kBytes ? 0 : stage + Stage::kBytes;
+            for (int tile = 0; tile < Stage::kTiles; ++tile) accumulate(tile);
+          } else {
+            accumulate(0);
+          }
+          position += Stage::kTiles;
+          stage = stage == Stage::kRing - Stage::kBytes ? 0 : stage + Stage::kBytes;
 #pragma unroll
-        for (int n = 0; n < kN; ++n) x[n] += Stage::kTiles * (kTileK * 2);
-      }
+          for (int n = 0; n < kN; ++n) x[n] += Stage::kTiles * (kTileK * 2);
+        }
+      };
+      if (kN == 1 || rows <= 8)
+        multiply.template operator()<1>();
+      else
+        multiply.template operator()<kN>();
       position = unit_last;
       if (whole) {
         Finish<T, kN>(args, tiles[slot], begin + unit - all_slot * args.row_tiles, lane, sums);
@@ -450,19 +446,21 @@ template <class F>
 struct Gemm {
   static constexpr int kMinSm = kFirstSm, kMaxSm = kLastSm;
   static constexpr int kPriority = 40;
-  static constexpr char kLimits[] = "few rows: 10 an expert on average, 16 without experts";
+  static constexpr char kLimits[] =
+      "few rows: 10 an expert on average; without experts 16, or 256 for up to 512 features";
   static std::vector<DType> DTypes() { return {DType::kFloat16, DType::kBFloat16}; }
 
   static int64_t MostRows(const GemmProblem& p) {
     const int64_t used = std::max<int64_t>(std::min(p.rows, p.experts), 1);
-    return p.experts == 1 ? 16 : 10 * used;
+    if (p.experts > 1) return 10 * used;
+    return p.n <= 512 ? 256 : 16;  // weights so small may well be read by several blocks
   }
 
   static std::string Refuse(const GemmProblem& p) {
     if (F::kCodebook) return "values of a codebook are not exact in 16 bits";
     // Beyond that weights are read more than once, or arithmetic outweighs them.
     if (p.rows > MostRows(p)) return Concat(p.rows, " rows; it takes at most ", MostRows(p));
-    if (MakePlan(TileRows(p), p.k, p.sm).slots == 0)
+    if (MakePlan(TileRows(p), p.k, p.sm).rows == 0)
       return Concat("rows of ", p.k, " values do not fit into shared memory");
     return RefuseBlockSize(p);
   }
@@ -472,18 +470,18 @@ struct Gemm {
     const int64_t used = std::max<int64_t>(std::min(p.rows, p.experts), 1);
     const int64_t tokens = p.experts == 1 ? p.rows : p.rows / std::max<int64_t>(p.topk, 1);
     int64_t rows = std::clamp<int64_t>(tokens, 1, p.rows <= 2 * used ? 8 : 16);
-    while (rows > 1 && MakePlan(int(rows), p.k, p.sm).slots == 0) rows = (rows + 1) / 2;
+    while (rows > 1 && MakePlan(int(rows), p.k, p.sm).rows == 0) rows = (rows + 1) / 2;
     return int(rows);
   }
 
+  /// Without rows if not even one slot's fit.
   static Plan MakePlan(int tile_rows, int64_t k, int sm) {
     Plan plan{};
-    plan.slot_rows = tile_rows;
     plan.row_stride = int((k + kTileK - 1) / kTileK * kTileK * 2 + 16);
-    const int64_t slot_bytes = int64_t(tile_rows) * plan.row_stride;
     const int64_t room =
         SharedLimit(sm) - kStaticBytes - (tile_rows > 8 ? kFixedBytes<2> : kFixedBytes<1>);
-    plan.slots = int(std::min<int64_t>(kMaxSlots - 1, room / slot_bytes));
+    plan.rows = int(std::min<int64_t>(3 * tile_rows, room / plan.row_stride));
+    if (plan.rows < tile_rows) plan.rows = 0;
     return plan;
   }
 
@@ -549,8 +547,7 @@ struct Gemm {
                                                   : Blocks::kWide;
     WithKernel(args.dtype, scales, args.zero_offsets != nullptr, args.tile_rows,
                [&](auto* kernel, int fixed_bytes) {
-                 const int shared_bytes =
-                     fixed_bytes + plan.slots * plan.slot_rows * plan.row_stride;
+                 const int shared_bytes = fixed_bytes + plan.rows * plan.row_stride;
                  ::qmoe_plugin::Launch("gemv_sm80", kernel, blocks, kThreads, shared_bytes,
                                        args.overlap, stream, args, plan, fused);
                });

@@ -1,13 +1,15 @@
 // grouped_gemm_sm80: float16 and bfloat16 on tensor cores, mma.sync.m16n8k16 with float32 sums.
 //
-//   block     128 threads = 128 weight rows (8 row tiles) x kRows rows of x (16, 32 or 64)
+//   block     128 weight rows (8 row tiles) x kRows rows of x (16, 32 or 64), by kSplit slices of k: 128 threads each
+//             with a pipeline of their own; 4 slices where there are too few blocks to fill the GPU, else 1
 //   warp      2 weight row tiles as operand A, all kRows rows of x as operand B: no weight is
 //             decoded twice
 //   pipeline  kStages stages of 64 k in shared memory, filled by cp.async: x [kRows, 64] swizzled,
 //             codes [8 tiles], scales and zero offsets [8 tiles, up to 4 blocks, 16]
-//   decode    exactly to centered values, + zero offset, * block scale, rounded once to the
-//             activation type
-//   epilogue  sums meet in shared memory as float32 [kRows, 128]; row scale, bias, activation;
+//   decode    to centered values, + zero offset: exact but for fractional zero points and codebooks, which are rounded
+//             once to the activation type
+//   scales    times the float32 sums of each block: at most 32 k are summed before. With 64 rows folded into the weights
+//   epilogue  sums meet in shared memory as float32 [kSplit, kRows, 128], slices are added in order; row scale, bias, activation;
 //             coalesced stores
 //
 // x beyond K and beyond the tile's rows is zero. Rows of x that are not 16-byte aligned are copied
@@ -21,10 +23,10 @@
 
 namespace qmoe_plugin::grouped_gemm_sm80 {
 
-inline constexpr int kWarps = 4, kThreads = kWarps * 32;
-inline constexpr int kWarpTiles = 2;                     // weight row tiles of a warp
-inline constexpr int kBlockTiles = kWarps * kWarpTiles;  // of a block
-inline constexpr int kMaxBlocks = kTileK / 16;           // quantization blocks in a k tile, at most
+inline constexpr int kWarps = 4, kThreads = kWarps * 32;  // of a slice of k
+inline constexpr int kWarpTiles = 2;                      // weight row tiles of a warp
+inline constexpr int kBlockTiles = kWarps * kWarpTiles;   // of a block
+inline constexpr int kMaxBlocks = kTileK / 16;  // quantization blocks in a k tile, at most
 inline constexpr int kSumStride = kBlockTiles * kTileRows + 4;  // + 4: no bank conflicts
 
 /// Shared memory of one stage, in bytes.
@@ -41,12 +43,14 @@ struct Stage {
 template <int kRows>
 inline constexpr int kStages = kRows >= 64 ? 3 : 4;
 
-template <class F, int kRows>
+template <class F, int kRows, int kSplit>
 constexpr int SharedBytes() {
   const int pipeline = kStages<kRows> * Stage<F, kRows>::kBytes;
   const int sums = kRows * kSumStride * int(sizeof(float));
-  return pipeline > sums ? pipeline : sums;
+  return kSplit * (pipeline > sums ? pipeline : sums);
 }
+
+inline constexpr int kMostSplit = 4;
 
 /// Byte of chunk `chunk` (8 values of k) of row `row` in a swizzled [kRows, 64] tile of x: the 8
 /// rows that an ldmatrix reads fall into different banks.
@@ -63,7 +67,7 @@ struct XLoader {
   bool aligned;
 
   __device__ XLoader(const CudaGemmArgs& args, const RowTile& tile)
-      : row(threadIdx.x / 8), chunk(threadIdx.x % 8) {
+      : row(threadIdx.x % kThreads / 8), chunk(threadIdx.x % 8) {
     const uintptr_t bits = reinterpret_cast<uintptr_t>(args.x) | (args.x_stride * sizeof(T));
     aligned = bits % 16 == 0 && args.k % 8 == 0;
 #pragma unroll
@@ -100,7 +104,7 @@ struct WeightLoader {
   int warp, lane;
 
   __device__ WeightLoader(const CudaGemmArgs& args, const RowTile& tile, int first_row_tile)
-      : warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
+      : warp(threadIdx.x / 32 % kWarps), lane(threadIdx.x % 32) {
     // Row tiles beyond the last repeat it; what they give is not stored.
     const auto row_tile = [&](int i) {
       return min(first_row_tile + warp * kWarpTiles + i, args.row_tiles - 1);
@@ -136,39 +140,52 @@ struct WeightLoader {
   }
 };
 
-/// Operand A of one k16 step of one row tile: decoded, offset and scaled.
-template <class F, class T, bool kOffsets>
+/// Adds sums of rows g (0, 1) and g + 8 (2, 3), each times its part of `scale`.
+__device__ inline void AddScaled(const float (&part)[4], float2 scale, float (&sums)[4]) {
+  sums[0] += part[0] * scale.x, sums[1] += part[1] * scale.x;
+  sums[2] += part[2] * scale.y, sums[3] += part[3] * scale.y;
+}
+
+/// Operand A of one k16 step of one row tile: centered values, plus their zero offsets, times `scale` if kFold. Unscaled
+/// integers and small floats are exact in 16 bits, also with integer zero points.
+template <class F, class T, bool kOffsets, bool kFold>
 __device__ void DecodeOperand(const LaneCodes<F>& codes, const Codebook<F>& codebook, int j,
-                              __half2 scale, __half2 offset, uint32_t (&a)[4]) {
-  if constexpr (std::is_same_v<T, __half> && !kOffsets && !F::kCodebook) {
-    __half2 w[4];
+                              float2 offset, float2 scale, uint32_t (&a)[4]) {
+  constexpr bool kDirect = !kOffsets && !F::kCodebook;
+  if constexpr (kDirect && !kFold) {
+    std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162> w[4];
     codes.Dequant(codebook, j, w);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are row g, 1 and 3 row g + 8
-      w[i] = __hmul2(w[i], i % 2 ? __high2half2(scale) : __low2half2(scale));
+    for (int i = 0; i < 4; ++i) a[i] = reinterpret_cast<const uint32_t&>(w[i]);
+  } else if constexpr (kDirect && std::is_same_v<T, __half>) {
+    __half2 w[4];
+    codes.Dequant(codebook, j, w);
+    const __half2 scales[2] = {__float2half2_rn(scale.x), __float2half2_rn(scale.y)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      w[i] = __hmul2(w[i], scales[i % 2]);
       a[i] = reinterpret_cast<const uint32_t&>(w[i]);
     }
   } else {
-    // In float32, so that the weight is rounded once: a float16 scale times an integer does not fit
-    // bfloat16, a fractional zero point need not fit float16 beside its code, and values of a
-    // codebook fit neither type.
+    // In float32, so that the weight is rounded once.
     float2 w[4];
     codes.Dequant(codebook, j, w);
-    const float2 s = ToFloat2(scale), o = ToFloat2(offset);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float row_scale = i % 2 ? s.y : s.x, row_offset = i % 2 ? o.y : o.x;
-      a[i] = PackPair<T>((w[i].x + row_offset) * row_scale, (w[i].y + row_offset) * row_scale);
+    for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are row g, 1 and 3 row g + 8
+      const float o = i % 2 ? offset.y : offset.x, s = kFold ? i % 2 ? scale.y : scale.x : 1.0f;
+      a[i] = PackPair<T>((w[i].x + o) * s, (w[i].y + o) * s);
     }
   }
 }
 
-/// Multiplies one stage.
-template <class F, class T, int kRows, bool kOffsets>
+/// Multiplies one stage. Block scales are applied to the sums of each block, in float32: every 16 k if kFine, else every 32;
+/// with 64 rows to the weights instead, which are then rounded once: that is a quarter faster.
+template <class F, class T, int kRows, bool kOffsets, bool kFine>
 __device__ void MultiplyStage(const CudaGemmArgs& args, const Codebook<F>& codebook,
                               const char* stage, int warp, int lane,
                               float (&sums)[kWarpTiles][kRows / 8][4]) {
   using Layout = Stage<F, kRows>;
+  constexpr bool kFold = kRows >= 64;
   LaneCodes<F> codes[kWarpTiles];
 #pragma unroll
   for (int i = 0; i < kWarpTiles; ++i)
@@ -179,20 +196,24 @@ __device__ void MultiplyStage(const CudaGemmArgs& args, const Codebook<F>& codeb
   for (int pair = 0; pair < kFragmentsPerTile / 2;
        ++pair) {  // two k16 steps: one ldmatrix of x each 8 rows
     uint32_t a[2][kWarpTiles][4];
+    float2 scale[2][kWarpTiles];
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       const int j = pair * 2 + step;
-      const int block = (16 * j) >> min(args.block_shift, 6);
+      const int block = kFine ? j : (32 * pair) >> min(args.block_shift, 6);
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i) {
         const int at =
             (warp * kWarpTiles + i) * Layout::kScaleBytes + (block * kTileRows + lane / 4 * 2) * 2;
-        __half2 scale = __float2half2_rn(1.0f), offset = __float2half2_rn(0.0f);
-        if (args.block_scales != nullptr)
-          scale = *reinterpret_cast<const __half2*>(stage + Layout::kScales + at);
-        if constexpr (kOffsets)
-          offset = *reinterpret_cast<const __half2*>(stage + Layout::kOffsets + at);
-        DecodeOperand<F, T, kOffsets>(codes[i], codebook, j, scale, offset, a[step][i]);
+        const auto load = [&](int section) {
+          return ToFloat2(*reinterpret_cast<const __half2*>(stage + section + at));
+        };
+        scale[step][i] =
+            args.block_scales != nullptr ? load(Layout::kScales) : make_float2(1.0f, 1.0f);
+        float2 offset{};
+        if constexpr (kOffsets) offset = load(Layout::kOffsets);
+        DecodeOperand<F, T, kOffsets, kFold>(codes[i], codebook, j, offset, scale[step][i],
+                                             a[step][i]);
       }
     }
 #pragma unroll
@@ -200,31 +221,57 @@ __device__ void MultiplyStage(const CudaGemmArgs& args, const Codebook<F>& codeb
       uint32_t b[4];  // k chunks 4 pair to 4 pair + 3 of 8 rows of x
       LoadMatrix4(b, stage + Layout::kX + SwizzledX(n * 8 + lane % 8, pair * 4 + lane / 8));
 #pragma unroll
-      for (int step = 0; step < 2; ++step)
+      for (int i = 0; i < kWarpTiles; ++i) {
+        if constexpr (kFold) {
+          Mma<T>(sums[i][n], a[0][i], b[0], b[1]);
+          Mma<T>(sums[i][n], a[1][i], b[2], b[3]);
+          continue;
+        }
+        float part[4] = {};
+        Mma<T>(part, a[0][i], b[0], b[1]);
+        if constexpr (kFine) {
+          AddScaled(part, scale[0][i], sums[i][n]);
 #pragma unroll
-        for (int i = 0; i < kWarpTiles; ++i)
-          Mma<T>(sums[i][n], a[step][i], b[2 * step], b[2 * step + 1]);
+          for (int c = 0; c < 4; ++c) part[c] = 0;
+        }
+        Mma<T>(part, a[1][i], b[2], b[3]);
+        AddScaled(part, scale[1][i], sums[i][n]);
+      }
     }
   }
 }
 
-template <class F, class T, int kRows, bool kOffsets>
-__global__ void __launch_bounds__(kThreads, kRows >= 64 ? 3 : 4)
+/// A barrier of one slice's threads.
+template <int kSplit>
+__device__ void SyncSlice(int slice) {
+  if constexpr (kSplit == 1)
+    __syncthreads();
+  else
+    asm volatile("bar.sync %0, %1;" ::"r"(slice + 1), "n"(kThreads) : "memory");
+}
+
+template <class F, class T, int kRows, bool kOffsets, bool kFine, int kSplit>
+__global__ void __launch_bounds__(kThreads* kSplit, kSplit > 1    ? 1
+                                                    : kRows >= 64 ? 2
+                                                                  : 4)
     grouped_gemm_sm80(const __grid_constant__ CudaGemmArgs args) {
   constexpr int kDepth = kStages<kRows>, kStageBytes = Stage<F, kRows>::kBytes;
   const unsigned weight_blocks = (args.row_tiles + kBlockTiles - 1) / kBlockTiles;
   const int first_row_tile = blockIdx.x % weight_blocks * kBlockTiles;
   RowTile tile;
   if (!GetRowTile(args, blockIdx.x / weight_blocks, &tile)) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  char* shared = DynamicShared();
+  const int slice = threadIdx.x / kThreads, warp = threadIdx.x / 32 % kWarps;
+  const int lane = threadIdx.x % 32;
+  char* shared = DynamicShared() + slice * (SharedBytes<F, kRows, kSplit>() / kSplit);
 
   const XLoader<T, kRows> x_loader(args, tile);
   const WeightLoader<F, kRows> weight_loader(args, tile, first_row_tile);
-  const int k_tiles = (args.k + kTileK - 1) / kTileK;
-  const auto load = [&](int k_tile) {
-    if (k_tile < k_tiles) {
-      char* stage = shared + k_tile % kDepth * kStageBytes;
+  // This slice takes every kSplit-th k tile.
+  const int k_tiles = ((args.k + kTileK - 1) / kTileK - slice + kSplit - 1) / kSplit;
+  const auto load = [&](int index) {
+    if (index < k_tiles) {
+      const int k_tile = index * kSplit + slice;
+      char* stage = shared + index % kDepth * kStageBytes;
       x_loader.Load(args, k_tile, stage + Stage<F, kRows>::kX);
       weight_loader.Load(args, k_tile, stage);
     }
@@ -234,18 +281,20 @@ __global__ void __launch_bounds__(kThreads, kRows >= 64 ? 3 : 4)
   const Codebook<F> codebook(args);
   float sums[kWarpTiles][kRows / 8][4] = {};
 #pragma unroll
-  for (int k_tile = 0; k_tile < kDepth - 1; ++k_tile) load(k_tile);
-  for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+  for (int index = 0; index < kDepth - 1; ++index) load(index);
+  for (int index = 0; index < k_tiles; ++index) {
     CopyAsyncWait<kDepth - 2>();
-    __syncthreads();  // k_tile has arrived for all; the stage of k_tile - 1 is free
-    load(k_tile + kDepth - 1);
-    MultiplyStage<F, T, kRows, kOffsets>(args, codebook, shared + k_tile % kDepth * kStageBytes,
-                                         warp, lane, sums);
+    SyncSlice<kSplit>(slice);  // this k tile has arrived for all; the stage of the last one is free
+    load(index + kDepth - 1);
+    MultiplyStage<F, T, kRows, kOffsets, kFine>(
+        args, codebook, shared + index % kDepth * kStageBytes, warp, lane, sums);
   }
   CopyAsyncWait<0>();
   __syncthreads();
 
-  float* staged = reinterpret_cast<float*>(shared);  // [kRows, kSumStride]
+  constexpr int kSums = kRows * kSumStride;
+  float* all = reinterpret_cast<float*>(DynamicShared());  // [kSplit, kRows, kSumStride]
+  float* staged = all + slice * kSums;
 #pragma unroll
   for (int i = 0; i < kWarpTiles; ++i)
 #pragma unroll
@@ -257,7 +306,16 @@ __global__ void __launch_bounds__(kThreads, kRows >= 64 ? 3 : 4)
         staged[row * kSumStride + (warp * kWarpTiles + i) * kTileRows + tile_row] = sums[i][n][c];
       }
   __syncthreads();
-  StoreRowTile<T, kThreads, kBlockTiles>(args, tile, first_row_tile, staged, kSumStride);
+  if constexpr (kSplit > 1) {
+    for (int index = threadIdx.x; index < kSums; index += kThreads * kSplit) {
+      float sum = all[index];
+#pragma unroll
+      for (int s = 1; s < kSplit; ++s) sum += all[s * kSums + index];
+      all[index] = sum;
+    }
+    __syncthreads();
+  }
+  StoreRowTile<T, kThreads * kSplit, kBlockTiles>(args, tile, first_row_tile, all, kSumStride);
 }
 
 template <class F>
@@ -279,39 +337,63 @@ struct Gemm {
   }
 
   /// fn(kernel, shared memory) for the combination.
-  template <class T, bool kOffsets, class Fn>
-  static void WithKernel(int rows, Fn&& fn) {
-    if (rows == 16)
-      fn(&grouped_gemm_sm80<F, T, 16, kOffsets>, SharedBytes<F, 16>());
-    else if (rows == 32)
-      fn(&grouped_gemm_sm80<F, T, 32, kOffsets>, SharedBytes<F, 32>());
-    else
-      fn(&grouped_gemm_sm80<F, T, 64, kOffsets>, SharedBytes<F, 64>());
-  }
-
   template <class Fn>
-  static void WithKernel(DType dtype, int rows, bool offsets, Fn&& fn) {
-    if (dtype == DType::kFloat16)
-      offsets ? WithKernel<__half, true>(rows, fn) : WithKernel<__half, false>(rows, fn);
-    else
-      offsets ? WithKernel<__nv_bfloat16, true>(rows, fn)
-              : WithKernel<__nv_bfloat16, false>(rows, fn);
+  static void WithKernel(DType dtype, int rows, bool offsets, bool fine, bool split, Fn&& fn) {
+    const auto with_split = [&]<class T, bool kOffsets, bool kFine, int kRows>() {
+      if (kRows > 16 && split) {
+        constexpr int kSplit = kRows > 16 ? kMostSplit : 1;  // few rows are gemv_sm80's
+        fn(&grouped_gemm_sm80<F, T, kRows, kOffsets, kFine, kSplit>,
+           SharedBytes<F, kRows, kSplit>(), kSplit);
+      } else {
+        fn(&grouped_gemm_sm80<F, T, kRows, kOffsets, kFine, 1>, SharedBytes<F, kRows, 1>(), 1);
+      }
+    };
+    const auto with_rows = [&]<class T, bool kOffsets, bool kFine>() {
+      if (rows == 16)
+        with_split.template operator()<T, kOffsets, kFine, 16>();
+      else if (rows == 32)
+        with_split.template operator()<T, kOffsets, kFine, 32>();
+      else
+        with_split.template operator()<T, kOffsets, kFine, 64>();
+    };
+    const auto with_blocks = [&]<class T, bool kOffsets>() {
+      fine ? with_rows.template operator()<T, kOffsets, true>()
+           : with_rows.template operator()<T, kOffsets, false>();
+    };
+    const auto with_type = [&]<class T>() {
+      if constexpr (F::kZeroPoints) {
+        if (offsets) return with_blocks.template operator()<T, true>();
+      }
+      with_blocks.template operator()<T, false>();
+    };
+    dtype == DType::kFloat16 ? with_type.template operator()<__half>()
+                             : with_type.template operator()<__nv_bfloat16>();
   }
 
-  static void Prepare(DType dtype, int) {
+  static void Prepare(DType dtype, int sm) {
     for (int rows : {16, 32, 64})
       for (bool offsets : {false, true})
-        WithKernel(dtype, rows, offsets, [](auto* kernel, int shared_bytes) {
-          PrepareKernel("grouped_gemm_sm80", reinterpret_cast<const void*>(kernel), shared_bytes);
-        });
+        for (bool fine : {false, true})
+          for (bool split : {false, true})
+            WithKernel(dtype, rows, offsets, fine, split, [&](auto* kernel, int shared_bytes, int) {
+              if (shared_bytes <= SharedLimit(sm))
+                PrepareKernel("grouped_gemm_sm80", reinterpret_cast<const void*>(kernel),
+                              shared_bytes);
+            });
+  }
+
+  /// Whether to slice k: blocks that would leave half of the GPU idle, and k tiles to share.
+  static bool Splits(const CudaGemmArgs& args, int64_t blocks) {
+    return blocks <= args.multiprocessors && args.k >= 8 * kTileK &&
+           SharedBytes<F, 64, kMostSplit>() <= SharedLimit(args.sm);
   }
 
   static void Launch(const CudaGemmArgs& args, cudaStream_t stream) {
-    const int64_t weight_blocks = (args.row_tiles + kBlockTiles - 1) / kBlockTiles;
-    WithKernel(args.dtype, args.tile_rows, args.zero_offsets != nullptr,
-               [&](auto* kernel, int shared_bytes) {
-                 ::qmoe_plugin::Launch("grouped_gemm_sm80", kernel, args.max_tiles * weight_blocks,
-                                       kThreads, shared_bytes, stream, args);
+    const int64_t blocks = args.max_tiles * ((args.row_tiles + kBlockTiles - 1) / kBlockTiles);
+    WithKernel(args.dtype, args.tile_rows, args.zero_offsets != nullptr, args.block_shift == 4,
+               Splits(args, blocks), [&](auto* kernel, int shared_bytes, int split) {
+                 ::qmoe_plugin::Launch("grouped_gemm_sm80", kernel, blocks, kThreads * split,
+                                       shared_bytes, stream, args);
                });
   }
 };
