@@ -54,8 +54,13 @@ class Case:
     experts: int = 0
     topk: int = 0
     bits: int = 4
-    block_size: int = 32
+    block_size: int = 32  # 0 = a scale an expert
     bias: bool = False
+    quant: str = "int"  # or "fp4", "nvfp4", "fp8": quant_type of QMoE
+
+    @property
+    def k_major(self) -> bool:
+        return self.quant in ("fp4", "nvfp4")
 
     @property
     def op(self) -> str:
@@ -66,8 +71,9 @@ class Case:
         return self.hidden * self.inter * (3 if self.experts else 1)
 
     def bytes_of(self, weights: float) -> float:
-        """Codes and float16 scales of so many weights."""
-        return weights * (self.bits / 8 + 2 / self.block_size)
+        """Codes and block scales of so many weights: float16, or a byte each for 4-bit floats."""
+        scale = 2 if self.quant == "int" else 1
+        return weights * (self.bits / 8 + (scale / self.block_size if self.block_size else 0))
 
     def floor_us(self, tokens: int, bandwidth: float, rate: float) -> float:
         """Least time of a node under uniform routing, at so many bytes and operations a second."""
@@ -93,6 +99,12 @@ CASES = [
     Case("mixtral-8x7b int4", 4096, 14336, 8, 2),
     Case("MatMulNBits int4 2880x5120", 2880, 5120),
     Case("MatMulNBits int4 2880x32", 2880, 32),
+    Case("MatMulNBits int4 2880x32 with bias", 2880, 32, bias=True),
+    Case("MatMulNBits int4 8192x8192", 8192, 8192),
+    Case("MatMulNBits int8 4096x14336", 4096, 14336, bits=8),
+    Case("gpt-oss-20b mxfp4", 2880, 2880, 32, 4, bias=True, quant="fp4"),
+    Case("gpt-oss-20b nvfp4", 2880, 2880, 32, 4, block_size=16, bias=True, quant="nvfp4"),
+    Case("gpt-oss-20b fp8", 2880, 2880, 32, 4, bits=8, block_size=0, bias=True, quant="fp8"),
 ]
 QUICK_CASES = 3
 
@@ -106,6 +118,8 @@ class Weights:
         self._file = self.path.open("wb")
         self._rng = np.random.default_rng(0)
         self._pool = self._rng.bytes(1 << 24)
+        if case.quant == "fp8":  # no NaN
+            self._pool = (np.frombuffer(self._pool, np.uint8) & 0xB7).tobytes()
         self.tensors: list[onnx.TensorProto] = []
 
     def _add(self, name: str, data_type: int, shape: tuple[int, ...], pieces: list[bytes]) -> str:
@@ -122,12 +136,30 @@ class Weights:
         return name
 
     def codes(self, name: str, shape: tuple[int, ...]) -> str:
-        pieces, left = [], int(np.prod(shape))
+        left = int(np.prod(shape))
+        if self.case.quant == "fp8":
+            return self._add(name, TensorProto.FLOAT8E4M3FN, shape, self._pieces(left))
+        return self._add(name, TensorProto.UINT8, shape, self._pieces(left))
+
+    def _pieces(self, left: int) -> list[bytes]:
+        pieces: list[bytes] = []
         while left:
             start = int(self._rng.integers(len(self._pool)))
             pieces.append(self._pool[start : start + left])
             left -= len(pieces[-1])
-        return self._add(name, TensorProto.UINT8, shape, pieces)
+        return pieces
+
+    def block_scales(self, name: str, shape: tuple[int, ...]) -> str:
+        """Of 4-bit floats: e8m0 2^-7 to 2^-5, or e4m3 1/2 to 2."""
+        e8m0 = self.case.quant == "fp4"
+        values = self._rng.integers(*((120, 123) if e8m0 else (48, 64)), 1 << 16, dtype=np.uint8)
+        data_type = TensorProto.FLOAT8E8M0 if e8m0 else TensorProto.FLOAT8E4M3FN
+        return self._add(name, data_type, shape, [np.resize(values, int(np.prod(shape))).tobytes()])
+
+    def global_scales(self, name: str) -> str:
+        scale = {"fp4": 1.0, "nvfp4": 1 / 64, "fp8": 1 / 64}[self.case.quant]
+        data = np.full(self.case.experts, scale, np.float32).tobytes()
+        return self._add(name, TensorProto.FLOAT, (self.case.experts,), [data])
 
     def floats(self, name: str, shape: tuple[int, ...], low: float, high: float) -> str:
         values = self._rng.uniform(low, high, 1 << 16).astype(np.float16)
@@ -143,13 +175,23 @@ def moe_inputs(weights: Weights, i: int) -> list[str]:
     e, h, n, bits, block = case.experts, case.hidden, case.inter, case.bits, case.block_size
     spread = 1.0 / (2 ** (bits - 1) * np.sqrt(h))
     names = [f"x{i}", f"router{i}"]
+    globals_ = []
     for stage, rows, columns in (("fc1", 2 * n, h), ("fc2", h, n)):
         name = f"{stage}_{i}"
-        names.append(weights.codes(f"{name}_codes", (e, rows, columns * bits // 8)))
-        shape = (e, rows, columns // block)
-        names.append(weights.floats(f"{name}_scales", shape, 0.5 * spread, 2 * spread))
+        # 4-bit floats lie with K first, as the stock op wants them.
+        shape = (e, rows, columns) if case.quant in ("int", "fp8") else (e, columns, rows)
+        names.append(weights.codes(f"{name}_codes", (*shape[:2], shape[2] * bits // 8)))
+        scale_shape = (e, rows, columns // block if block else 1)
+        if case.quant == "int":
+            names.append(weights.floats(f"{name}_scales", scale_shape, 0.5 * spread, 2 * spread))
+        else:
+            blocks = case.quant != "fp8"
+            names.append(weights.block_scales(f"{name}_scales", scale_shape) if blocks else "")
+            globals_.append(weights.global_scales(f"{name}_global"))
         bias = case.bias and weights.floats(f"{name}_bias", (e, rows), -0.1, 0.1)
         names.append(bias or "")
+    if globals_:
+        names += [""] * (15 - len(names)) + globals_
     return names
 
 
@@ -157,29 +199,33 @@ def matmul_inputs(weights: Weights, i: int) -> list[str]:
     case = weights.case
     blocks = case.hidden // case.block_size
     codes = (case.inter, blocks, case.block_size * case.bits // 8)
-    return [
+    names = [
         f"x{i}",
         weights.codes(f"b{i}", codes),
         weights.floats(f"scales{i}", (case.inter, blocks), 1e-3, 2e-3),
     ]
+    if case.bias:  # the stock op runs without: on CUDA it has none
+        names += ["", "", weights.floats(f"bias{i}", (case.inter,), -0.1, 0.1)]
+    return names
 
 
 def attributes(case: Case) -> dict[str, Any]:
     if not case.experts:
         bits = {"bits": case.bits, "block_size": case.block_size}
         return {"K": case.hidden, "N": case.inter, **bits}
-    return {
+    common = {
         "k": case.topk,
-        "expert_weight_bits": case.bits,
-        "block_size": case.block_size,
         "activation_type": "swiglu",
         "swiglu_fusion": 1,
         "activation_alpha": 1.702,
         "activation_beta": 1.0,
         "swiglu_limit": 7.0,
         "normalize_routing_weights": 1,
-        "weights_prepacked": 0,
+        "expert_weight_bits": case.bits,
     }
+    if case.quant != "int":
+        return {**common, "quant_type": case.quant}
+    return {**common, "block_size": case.block_size, "weights_prepacked": 0}
 
 
 def build(case: Case, folder: Path) -> dict[str, Path]:
@@ -199,7 +245,14 @@ def build(case: Case, folder: Path) -> dict[str, Path]:
     paths = {}
     for name, domain in DOMAINS.items():
         nodes = [
-            helper.make_node(case.op, names, [f"y{i}"], domain=domain, **attributes(case))
+            helper.make_node(
+                case.op,
+                names[:3] if name == "stock" and not case.experts else names,
+                [f"y{i}"],
+                domain=domain,
+                **attributes(case),
+                **({"weights_layout": "k_major"} if name == "ours" and case.k_major else {}),
+            )
             for i, names in enumerate(inputs)
         ]
         graph = helper.make_graph(nodes, "bench", graph_inputs, graph_outputs, weights.tensors)
@@ -281,7 +334,13 @@ def measure(case: Case, tokens: list[int], rounds: int, limits: dict[str, float]
     cells = []
     with tempfile.TemporaryDirectory() as folder:
         paths = build(case, Path(folder))
-        opened = {name: open_session(path) for name, path in paths.items()}
+        opened = {"ours": open_session(paths["ours"])}
+        refusal = None
+        try:
+            opened["stock"] = open_session(paths["stock"])
+        except Exception as error:  # of whatever type the binding makes
+            refusal = str(error)[:300]
+            print(f"{case.name}: the stock op refuses: {refusal}", flush=True)
         for graph, count in enumerate(tokens, start=1):
             players = {
                 name: Replayer(session, case, count, graph) for name, (session, _) in opened.items()
@@ -290,27 +349,32 @@ def measure(case: Case, tokens: list[int], rounds: int, limits: dict[str, float]
             for _ in range(rounds):
                 for name, player in players.items():
                     times[name].append(player.round())
-            a, b = (
+            outputs = [
                 np.concatenate([out.numpy() for out in player.outputs]).astype(np.float64)
                 for player in players.values()
-            )
+            ]
             floor = case.floor_us(count, limits["copy_bytes_per_s"], limits["float16_flop_per_s"])
             cell: dict[str, Any] = {"tokens": count, "floor_us": round(floor, 2)}
             for name, values in times.items():
                 cell[f"{name}_us"] = round(statistics.median(values), 2)
                 cell[f"{name}_spread_us"] = [round(min(values), 2), round(max(values), 2)]
             cell["of_floor"] = round(floor / cell["ours_us"], 3)
-            cell["speedup"] = round(cell["stock_us"] / cell["ours_us"], 2)
-            cell["difference_rms"] = float(np.sqrt(((a - b) ** 2).mean() / (b**2).mean()))
-            cells.append(cell)
-            print(
-                f"{case.name:30} {count:5} tokens  ours {cell['ours_us']:9.1f} us"
-                f" ({100 * cell['of_floor']:3.0f} % of floor)  stock {cell['stock_us']:9.1f} us"
-                f"  {cell['speedup']:5.2f}x  difference {cell['difference_rms']:.1e}",
-                flush=True,
+            line = (
+                f"{case.name:34} {count:5} tokens  ours {cell['ours_us']:9.1f} us"
+                f" ({100 * cell['of_floor']:3.0f} % of floor)"
             )
+            if "stock" in players:
+                cell["speedup"] = round(cell["stock_us"] / cell["ours_us"], 2)
+                line += f"  stock {cell['stock_us']:9.1f} us  {cell['speedup']:5.2f}x"
+            if "stock" in players and (case.experts or not case.bias):
+                a, b = outputs
+                cell["difference_rms"] = float(np.sqrt(((a - b) ** 2).mean() / (b**2).mean()))
+                line += f"  difference {cell['difference_rms']:.1e}"
+            cells.append(cell)
+            print(line, flush=True)
     loads = {f"{name}_load_s": round(seconds, 2) for name, (_, seconds) in opened.items()}
-    return {**asdict(case), "nodes": case.nodes(), **loads, "cells": cells}
+    result = {**asdict(case), "nodes": case.nodes(), **loads, "cells": cells}
+    return result if refusal is None else {**result, "stock_refuses": refusal}
 
 
 def describe_machine() -> dict[str, Any]:
