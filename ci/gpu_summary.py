@@ -46,14 +46,12 @@ def main() -> None:
         "tests": counts(folder / "tests.xml"),
         "memory": counts(folder / "memory.xml"),
     }
-    for tool in ("memcheck", "racecheck"):
-        log = folder / f"{tool}.log"
-        if not log.exists():
-            continue
+    for log in sorted([*folder.glob("memcheck-*.log"), *folder.glob("racecheck-*.log")]):
         found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", log.read_text(errors="replace"))
-        summary[tool] = {
+        report = log.with_suffix(".xml")
+        summary[log.stem] = {
             "summary": found[-1] if found else "missing",
-            **counts(folder / f"{tool}.xml"),
+            **(counts(report) if report.exists() else {"unfinished": True}),
         }
     text = json.dumps(summary, indent=2)
     (folder / "gpu-tests.json").write_text(text + "\n")
