@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from qmoe_plugin import formats
 from qmoe_plugin.kernels import Kernel
 
+_FORMAT_HEADER = ("format", "bits", "zero points", "default zero point", "scales", "blocks")
+_SCALES = {
+    "float": "float32, float16, bfloat16",
+    "float8e8m0": "float8e8m0 and a global scale",
+    "float8e4m3fn": "float8e4m3fn and a global scale",
+    "any": "float types, float8e8m0 or float8e4m3fn; a global scale or none",
+}
 _HEADER = ("kernel", "format", "device", "activations", "priority", "limits")
 
 
@@ -37,7 +44,7 @@ def support_page(kernels: Sequence[Kernel]) -> str:
         "",
         "## Formats",
         "",
-        *_markdown(("format", "bits", "zero points", "default zero point"), _format_rows()),
+        *_markdown(_FORMAT_HEADER, _format_rows()),
         "",
     ]
     for device in ("CPU", "CUDA"):
@@ -60,9 +67,22 @@ def _cells(kernel: Kernel) -> tuple[str, ...]:
 
 def _format_rows() -> list[tuple[str, ...]]:
     return [
-        (f.name, str(f.bits), "yes" if f.zero_points else "no", f"{f.default_zero_point:g}")
+        (
+            f.name,
+            str(f.bits),
+            "yes" if f.zero_points else "no",
+            f"{f.default_zero_point:g}",
+            _SCALES[f.scale_type],
+            _blocks(f),
+        )
         for f in formats.FORMATS.values()
     ]
+
+
+def _blocks(fmt: formats.Format) -> str:
+    if fmt.square_blocks:
+        return "square, any size, or one an expert"
+    return str(fmt.only_block_size) if fmt.only_block_size else "any size, or one a row"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
