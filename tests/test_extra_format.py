@@ -7,6 +7,7 @@ has the formats, for all that they enumerate.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,33 @@ def test_the_tables_show_them(site: Path) -> None:
     assert "| log4 | 4 | no | 0 | float8e8m0 and a global scale | 32 |" in page
     for name in FORMATS:
         assert f"| gemm_reference.{name} | {name} | CPU |" in page
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (None, "names .*/formats, in which there is no header"),
+        ("int4.h", "int4.h: there is a format called int4 already"),
+    ],
+)
+def test_cmake_refuses_folders_that_bring_nothing_new(
+    header: str | None, message: str, tmp_path: Path
+) -> None:
+    problem = outside.missing()
+    if problem is not None:
+        pytest.skip(problem)
+    folder = tmp_path / "formats"
+    folder.mkdir()
+    if header is not None:
+        (folder / header).touch()
+    command = [
+        *(outside.tool("cmake"), "-S", str(outside.ROOT), "-B", str(tmp_path / "build")),
+        "-DQMOE_PLUGIN_CUDA=OFF",
+        f"-DQMOE_PLUGIN_EXTRA_FORMATS={folder}",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert re.search(message, " ".join(result.stderr.split()))
 
 
 def test_a_model_is_quantised_and_run(site: Path) -> None:
