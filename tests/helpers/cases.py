@@ -380,7 +380,7 @@ class MatMulNBitsCase:
             self.block_size,
             numpy_dtype(self.scale_dtype or self.dtype),
             signs=self.signs,
-            zero_points=self.zero_points != "none",
+            zero_points=self.zero_points != "none" and fmt.zero_points,
             global_scale=self.global_scales,
         )
         codes = typed(weights["codes"], fmt)

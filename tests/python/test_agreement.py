@@ -5,8 +5,6 @@ although our op takes it would cost speed. So random nodes, most with something 
 both.
 """
 
-import dataclasses
-
 import ml_dtypes
 import numpy as np
 import onnxruntime
@@ -264,8 +262,6 @@ def test_matmul_nbits(data):
     case = data.draw(MATMUL_CASES)
     if data.draw(st.booleans()):
         case = case.fitted()
-    elif case.fmt.zero_points is False:
-        case = dataclasses.replace(case, zero_points="none")
     tensors = data.draw(reshaped(case.tensors()))
     model = one_node_model("MatMulNBits", tensors, case.attributes(), domain="com.microsoft")
     compare(with_attributes(model, data.draw(subsets(MATMUL_ATTRIBUTES))))
