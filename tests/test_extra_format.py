@@ -80,6 +80,18 @@ def test_the_tables_show_them(site: Path) -> None:
         assert f"| gemm_reference.{name} | {name} | CPU |" in page
 
 
+def test_the_tutorial_shows_the_example() -> None:
+    """docs/adding-a-format.md: code of the example is in it as it is."""
+    text = (outside.ROOT / "docs" / "adding-a-format.md").read_text()
+    files = sorted(outside.EXTRA_FORMATS.glob("*/*.*"))
+    code = "".join(path.read_text() for path in (*files, outside.EXTRA_FORMATS / "pyproject.toml"))
+    shown = re.findall(r"```(cpp|toml|python)\n(.*?)```", text, re.DOTALL)
+    examples = [block for _, block in shown if "codebook4" not in block and "fmt =" not in block]
+    assert len(examples) == 4
+    for block in examples:
+        assert block in code, block
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [

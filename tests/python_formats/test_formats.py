@@ -78,6 +78,10 @@ class TestRegistry:
         with pytest.raises(ValueError, match="values"):
             Format("short", 4, np.zeros(8), 0, False, {"quant_type": "x", "expert_weight_bits": 4})
 
+    def test_names_are_short(self) -> None:
+        with pytest.raises(ValueError, match="'thirteen_long' is no name: it has at most 12"):
+            Format("thirteen_long", 4, np.zeros(16), 0, False)
+
 
 class TestPacking:
     def test_low_bits_first(self) -> None:

@@ -39,6 +39,8 @@ from qmoe_plugin.formats.packing import Array, pack, unpack
 from qmoe_plugin.formats.rounding import Quantized
 from qmoe_plugin.formats.scales import ScaleType
 
+_LONGEST_NAME = 12  # what the header of packed weights has room for
+
 
 @dataclass(frozen=True)
 class Format:
@@ -76,7 +78,9 @@ class Format:
     codebook: bool = False
 
     def __post_init__(self) -> None:
-        """Checks that there is a value for each code, and fills in the default attributes."""
+        """Checks the name, and that each code has a value; fills in the default attributes."""
+        if not 0 < len(self.name) <= _LONGEST_NAME:
+            raise ValueError(f"'{self.name}' is no name: it has at most {_LONGEST_NAME} characters")
         if self.values.shape != (1 << self.bits,):
             raise ValueError(
                 f"{self.name}: values{self.values.shape} for {self.bits} bits, not {1 << self.bits}"
