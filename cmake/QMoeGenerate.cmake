@@ -1,15 +1,26 @@
 # Pairs format headers with kernel headers. Adding a header is enough: the globs are checked at every build.
 #
 # QMOE_PLUGIN_EXTRA_FORMATS may name folders with further format headers, outside this tree.
-set(QMOE_PLUGIN_EXTRA_FORMATS "" CACHE STRING "Folders with more format headers")
+set(QMOE_PLUGIN_EXTRA_FORMATS "" CACHE STRING "Folders with more format headers, one header a format")
 
-set(folders ${CMAKE_CURRENT_SOURCE_DIR}/ops/formats ${QMOE_PLUGIN_EXTRA_FORMATS})
 set(QMOE_PLUGIN_FORMAT_HEADERS "")
-foreach(folder IN LISTS folders)
+set(format_names "")
+foreach(folder IN ITEMS ${CMAKE_CURRENT_SOURCE_DIR}/ops/formats ${QMOE_PLUGIN_EXTRA_FORMATS})
+  get_filename_component(folder ${folder} ABSOLUTE BASE_DIR ${CMAKE_SOURCE_DIR})
   file(GLOB headers CONFIGURE_DEPENDS ${folder}/*.h)
-  list(APPEND QMOE_PLUGIN_FORMAT_HEADERS ${headers})
+  list(FILTER headers EXCLUDE REGEX "/ops/formats/format\\.h$")
+  if(NOT headers)
+    message(FATAL_ERROR "QMOE_PLUGIN_EXTRA_FORMATS names ${folder}, in which there is no header (*.h)")
+  endif()
+  foreach(header IN LISTS headers)
+    get_filename_component(format ${header} NAME_WE)
+    if(format IN_LIST format_names)
+      message(FATAL_ERROR "${header}: there is a format called ${format} already; formats have unique names")
+    endif()
+    list(APPEND format_names ${format})
+    list(APPEND QMOE_PLUGIN_FORMAT_HEADERS ${header})
+  endforeach()
 endforeach()
-list(FILTER QMOE_PLUGIN_FORMAT_HEADERS EXCLUDE REGEX "/ops/formats/format\\.h$")
 
 # Writes a file only if its content changed, so that nothing is rebuilt for nothing.
 function(qmoe_write path content)
@@ -26,6 +37,8 @@ function(qmoe_generate_formats out)
 
 namespace qmoe_plugin {
 namespace {
+static_assert(std::string_view(formats::${format}::kName) == \"${format}\",
+              \"kName must be the name of the header\");
 [[maybe_unused]] const bool registered = RegisterFormat(DescribeFormat<formats::${format}>());
 }  // namespace
 }  // namespace qmoe_plugin

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <string_view>
 #include <utility>
 
 #include "ops/error.h"
@@ -26,10 +27,11 @@ void CheckCodes(const Projection& p) {
   const int64_t tight = CeilDiv(p.k * bits, 8);
   const int64_t padded = p.block_size ? p.groups() * p.block_size * bits / 8 : tight;
   QMOE_REQUIRE(p.codes.present, p.name, " weights are missing");
-  const bool float8 = p.codes.dtype == DType::kFloat8E4M3 && p.format->is_float && bits == 8;
+  const bool takes_float8 = std::string_view(p.format->name) == "fp8_e4m3";
+  const bool float8 = p.codes.dtype == DType::kFloat8E4M3 && takes_float8;
   QMOE_REQUIRE(p.codes.dtype == DType::kUint8 || float8, p.name, " weights are ",
                Name(p.codes.dtype), "; ", p.format->name, " weights must be uint8",
-               p.format->is_float && bits == 8 ? " or float8e4m3fn" : "");
+               takes_float8 ? " or float8e4m3fn" : "");
   const std::string refusal = RefuseStoredLayout(p.layout, p.n, p.k, bits);
   QMOE_REQUIRE(refusal.empty(), p.name, " weights cannot be ", Name(p.layout), ": ", refusal);
   const std::vector<int64_t> raw{p.experts, p.n, tight}, raw_padded{p.experts, p.n, padded};

@@ -111,7 +111,9 @@ def test_declarations_match_the_real_header(tmp_path: Path) -> None:
 
 CASES: dict[str, Case] = {
     "qmoe": QMoECase(),
+    "two_types_of_scales": QMoECase("codebook4", fc2_format="nvfp4").fitted(),
     "matmul_nbits": MatMulNBitsCase(dtype="float16", zero_points="packed"),
+    "matmul_nvfp4": MatMulNBitsCase("nvfp4", dtype="float16").fitted(),
 }
 
 # Runs each folder's model and prints ONNX Runtime's version.

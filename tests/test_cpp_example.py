@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import outside
 from helpers.cases import Case, MatMulNBitsCase, QMoECase, feeds_of
 from helpers.ort_c_api import library_path
 from helpers.tolerance import check
-
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "examples-cpp"  # kept, so that only a change of the sources is built again
-
-
-def tool(name: str) -> str | None:
-    """A program on the path, or beside this Python (cmake and ninja are packages too)."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.is_file() else shutil.which(name)
 
 
 @pytest.fixture(scope="module")
 def program() -> Path:
     """The built example."""
-    cmake, ninja = tool("cmake"), tool("ninja")
-    if cmake is None or not (shutil.which("c++") or shutil.which("g++")):
-        pytest.skip("cmake and a C++ compiler are needed: pip install cmake, apt install g++")
-    configure = [cmake, "-S", str(ROOT / "examples" / "cpp"), "-B", str(BUILD)]
-    configure += ["-DQMOE_PLUGIN_CUDA=OFF"]
-    if ninja is not None:
-        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    for command in (configure, [cmake, "--build", str(BUILD), "--parallel", "2"]):
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout + result.stderr
-    return BUILD / "run_model"
+    problem = outside.missing()
+    if problem is not None:
+        pytest.skip(problem)
+    return outside.build() / "run_model"
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,20 @@ ByteArray PyUnpack(const ByteArray& packed, int bits, int64_t k) {
   return codes;
 }
 
+const char* ScaleName(ScaleKind kind) {
+  switch (kind) {
+    case ScaleKind::kFloat:
+      return "float";
+    case ScaleKind::kE8M0:
+      return "float8e8m0";
+    case ScaleKind::kE4M3:
+      return "float8e4m3fn";
+    case ScaleKind::kAny:
+      break;
+  }
+  return "any";
+}
+
 py::list PyFormats() {
   py::list formats;
   for (const Format* format : Formats()) {
@@ -122,6 +136,10 @@ py::list PyFormats() {
     row["default_zero_point"] = format->default_zero_point;
     row["zero_points"] = format->zero_points;
     row["values"] = values;
+    row["scales"] = ScaleName(format->scales);
+    row["block_size"] = format->block_size;
+    row["square_blocks"] = format->square_blocks;
+    row["codebook"] = format->codebook;
     formats.append(row);
   }
   return formats;

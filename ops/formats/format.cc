@@ -38,7 +38,6 @@ const Format& GetFormat(std::string_view name) {
 }
 
 bool RegisterFormat(Format format) {
-  if (FindFormat(format.name) != nullptr) return true;
   if (FindFormat(format.name) != nullptr) return true;  // a kernel's translation unit came first
   Registry& registry = GetRegistry();
   const Format* added = &registry.storage.emplace_back(format);

@@ -13,7 +13,10 @@
 //   };
 //
 // That is all a format must say: the build finds the file, registers the format and instantiates
-// every generic kernel for it. A format that wants speed also says how the 8 codes of one MMA A
+// every generic kernel for it. Its scales are then floats, a row or a block of any size; kScales,
+// kBlockSize and kSquareBlocks of FormatBase say otherwise.
+//
+// A format that wants speed also says how the 8 codes of one MMA A
 // fragment lie in memory (EncodeFragment) and how a GPU turns them into 8 numbers
 // (DequantFragment); FormatBase has plain versions of both.
 //
@@ -36,6 +39,15 @@
 
 namespace qmoe_plugin {
 
+/// The types that a format's scales may have, and with it whether each expert has a global scale, a
+/// float32 factor on all of its weights.
+enum class ScaleKind {
+  kFloat,  // float32, float16 or bfloat16; no global scale
+  kE8M0,   // float8e8m0, or uint8 with the same bytes; with a global scale
+  kE4M3,   // float8e4m3fn; with a global scale
+  kAny,    // any of these types but uint8; a global scale may be given
+};
+
 /// What the host knows of a format at run time. Made from the header's struct by `DescribeFormat`.
 struct Format {
   const char* name;
@@ -45,7 +57,10 @@ struct Format {
   bool is_float;             // codes are floats, not integers
   bool has_nan;              // some code is not a number
   bool codebook;             // the model gives the values of the codes; those below are 0
-  float centered[256];       // Decode(code) - default_zero_point for each of the 2^bits codes
+  ScaleKind scales;
+  int64_t block_size;   // the one block size that it has; 0 = the model says, and per channel
+  bool square_blocks;   // blocks are as many rows high; per channel is then per expert
+  float centered[256];  // Decode(code) - default_zero_point for each of the 2^bits codes
   /// Lays out the 8 codes of one fragment (see the top of this file) in `bits` bytes.
   void (*encode_fragment)(const uint8_t* codes, uint8_t* bytes);
 
@@ -64,6 +79,10 @@ struct FormatBase {
   /// Whether the model gives the values of the codes (Projection::codebook) instead of Decode. Such a
   /// format has 4 bits and keeps the fragments of FormatBase.
   static constexpr bool kCodebook = false;
+  /// See Format::scales, block_size and square_blocks.
+  static constexpr ScaleKind kScales = ScaleKind::kFloat;
+  static constexpr int64_t kBlockSize = 0;
+  static constexpr bool kSquareBlocks = false;
   /// 32-bit words that hold one fragment (a 2-bit fragment fills half a word, the low half).
   static constexpr int kFragmentWords = Bits < 4 ? 1 : Bits / 4;
 
@@ -93,12 +112,19 @@ struct FormatBase {
 /// The run-time description of format struct F.
 template <class F>
 Format DescribeFormat() {
+  static_assert(sizeof F::kName <= 13, "a format's name has at most 12 characters");
+  static_assert(!F::kCodebook || F::kBits == 4, "a format with a codebook has 4 bits");
+  static_assert(!F::kSquareBlocks || F::kScales == ScaleKind::kFloat,
+                "square blocks have float scales");
   Format format{};
   format.name = F::kName;
   format.bits = F::kBits;
   format.default_zero_point = F::kDefaultZeroPoint;
   format.zero_points = F::kZeroPoints;
   format.codebook = F::kCodebook;
+  format.scales = F::kScales;
+  format.block_size = F::kBlockSize;
+  format.square_blocks = F::kSquareBlocks;
   format.encode_fragment = &F::EncodeFragment;
   for (uint32_t code = 0; code < (1u << F::kBits); ++code) {
     const float value = format.centered[code] = F::Centered(code);

@@ -10,6 +10,7 @@ struct fp8_e4m3 : E4M3Fragment<fp8_e4m3> {
   static constexpr char kName[] = "fp8_e4m3";
   static constexpr float kDefaultZeroPoint = 0;
   static constexpr bool kZeroPoints = false;
+  static constexpr bool kSquareBlocks = true;
 
   QMOE_HOST_DEVICE static float Decode(uint32_t code) { return DecodeE4M3(code); }
 };

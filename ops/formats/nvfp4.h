@@ -10,6 +10,8 @@ struct nvfp4 : E2M1Fragment<nvfp4> {
   static constexpr char kName[] = "nvfp4";
   static constexpr float kDefaultZeroPoint = 0;
   static constexpr bool kZeroPoints = false;
+  static constexpr ScaleKind kScales = ScaleKind::kE4M3;
+  static constexpr int64_t kBlockSize = 16;
 
   QMOE_HOST_DEVICE static float Decode(uint32_t code) { return DecodeE2M1(code); }
 };

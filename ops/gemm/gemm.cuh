@@ -126,9 +126,17 @@ inline std::string RefuseBlockSize(const GemmProblem& p) {
                 "; it takes powers of two from 16 on, and per channel");
 }
 
+/// Whether there is a kernel for the format: unless it says kTakesFormat = false.
+template <class Gemm>
+consteval bool TakesFormat() {
+  if constexpr (requires { Gemm::kTakesFormat; })
+    return Gemm::kTakesFormat;
+  else
+    return true;
+}
+
 template <class F, class Gemm>
-bool RegisterCudaGemm(const char* stem) {
-  RegisterFormat(DescribeFormat<F>());  // this may run before the format's own translation unit
+Kernel DescribeCudaGemm(const char* stem) {
   static CudaGemm gemm{&Gemm::TileRows, &Gemm::Prepare, &Gemm::Launch, nullptr};
   if constexpr (requires { &Gemm::LaunchRouted; }) gemm.launch_routed = &Gemm::LaunchRouted;
   Kernel kernel;
@@ -144,7 +152,16 @@ bool RegisterCudaGemm(const char* stem) {
   kernel.limits = Gemm::kLimits;
   kernel.refuse = &Gemm::Refuse;
   kernel.launch = &gemm;
-  return RegisterKernel(kernel);
+  return kernel;
+}
+
+template <class F, class Gemm>
+bool RegisterCudaGemm(const char* stem) {
+  RegisterFormat(DescribeFormat<F>());  // this may run before the format's own translation unit
+  if constexpr (TakesFormat<Gemm>())
+    return RegisterKernel(DescribeCudaGemm<F, Gemm>(stem));
+  else
+    return false;
 }
 
 /// For kernels without instructions of one generation only.

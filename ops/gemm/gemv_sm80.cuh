@@ -446,6 +446,7 @@ template <class F>
 struct Gemm {
   static constexpr int kMinSm = kFirstSm, kMaxSm = kLastSm;
   static constexpr int kPriority = 40;
+  static constexpr bool kTakesFormat = !F::kCodebook;  // its values are not exact in 16 bits
   static constexpr char kLimits[] =
       "few rows: 10 an expert on average; without experts 16, or 256 for up to 512 features";
   static std::vector<DType> DTypes() { return {DType::kFloat16, DType::kBFloat16}; }
@@ -457,7 +458,6 @@ struct Gemm {
   }
 
   static std::string Refuse(const GemmProblem& p) {
-    if (F::kCodebook) return "values of a codebook are not exact in 16 bits";
     // Beyond that weights are read more than once, or arithmetic outweighs them.
     if (p.rows > MostRows(p)) return Concat(p.rows, " rows; it takes at most ", MostRows(p));
     if (MakePlan(TileRows(p), p.k, p.sm).rows == 0)
@@ -496,7 +496,6 @@ struct Gemm {
   /// fn(kernel, its shared memory but for x) for the combination.
   template <class Fn>
   static void WithKernel(DType dtype, Blocks blocks, bool offsets, int tile_rows, Fn&& fn) {
-    if constexpr (F::kCodebook) return;  // refused
     const auto with_rows = [&]<class T, Blocks kBlocks, bool kOffsets>() {
       const auto with_n = [&]<int kN>() {
         fn(&gemv_sm80<F, T, kBlocks, kOffsets, kN>,

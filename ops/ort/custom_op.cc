@@ -58,8 +58,9 @@ ONNXTensorElementDataType Declared(DType dtype, uint32_t version) {
 ONNXTensorElementDataType InputType(const OrtCustomOp* op, size_t index) {
   const CustomOp& self = Self(op);
   if (index == 0) return Declared(self.dtype(), op->version);
-  return self.spec().inputs[index].scale ? Declared(self.scales(), op->version)
-                                         : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  const ScaleSet set = self.spec().inputs[index].scale;
+  return set == ScaleSet::kNone ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED
+                                : Declared(self.scales(set), op->version);
 }
 
 ONNXTensorElementDataType OutputType(const OrtCustomOp* op, size_t) {
@@ -95,7 +96,7 @@ size_t MayInplace(int** input_index, int** output_index) {
 }  // namespace
 
 CustomOp::CustomOp(Api api, uint32_t version, const char* domain, const OpSpec& spec,
-                   DeviceType device, DType dtype, DType scales)
+                   DeviceType device, DType dtype, std::array<DType, 2> scales)
     : OrtCustomOp{},
       api_(api),
       domain_(domain),

@@ -6,9 +6,11 @@
 //
 // ONNX Runtime's "any type" leaves out uint2, int2 and float8e8m0, and holds for an input as soon
 // as one object says so. Scales that may be float8e8m0 are therefore declared in each of their
-// types, by one object for each; all scales of a node then have the same type, as in com.microsoft.
+// types, by one object for each. fc1 and fc3 have scales of one type, fc2 may have others (its
+// format may be another one): one object for each pair.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <memory>
 #include <span>
@@ -30,11 +32,14 @@ class OpKernel {
   virtual void Run(const RunContext& context) const = 0;
 };
 
+/// Inputs whose scales have the same type in a node.
+enum class ScaleSet { kNone, kFirst, kSecond };
+
 struct InputSpec {
   const char* name;
   bool optional;
-  bool constant;       // read once, when the kernel is made; stays in host memory on every device
-  bool scale = false;  // one of the types in kScaleTypes, the same for all such inputs of a node
+  bool constant;  // read once, when the kernel is made; stays in host memory on every device
+  ScaleSet scale = ScaleSet::kNone;  // of one of the types in kScaleTypes
 };
 
 /// The types that scales may have, float8e8m0 as bytes among them.
@@ -58,16 +63,17 @@ const OpSpec& MatMulNBitsOp();  // matmul_nbits_op.cc
 class CustomOp : public OrtCustomOp {
  public:
   /// `version` is the API version that the runtime and we agree on; `domain` the one that the
-  /// object is added to; `scales` the type of scales, for an op that has inputs marked so.
+  /// object is added to; `scales` the types of the first and the second set of scales.
   CustomOp(Api api, uint32_t version, const char* domain, const OpSpec& spec, DeviceType device,
-           DType dtype, DType scales);
+           DType dtype, std::array<DType, 2> scales);
 
   const Api& api() const { return api_; }
   const char* domain() const { return domain_; }
   const OpSpec& spec() const { return spec_; }
   DeviceType device() const { return device_; }
   DType dtype() const { return dtype_; }
-  DType scales() const { return scales_; }
+  /// Type of the scales of a set; not for kNone.
+  DType scales(ScaleSet set) const { return scales_[set == ScaleSet::kSecond]; }
 
  private:
   Api api_;
@@ -75,7 +81,7 @@ class CustomOp : public OrtCustomOp {
   const OpSpec& spec_;
   DeviceType device_;
   DType dtype_;
-  DType scales_;
+  std::array<DType, 2> scales_;
 };
 
 }  // namespace qmoe_plugin::ort

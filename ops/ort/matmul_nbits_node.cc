@@ -1,8 +1,8 @@
 #include "ops/ort/matmul_nbits_node.h"
 
 #include "ops/error.h"
-#include "ops/ort/int_format.h"
 #include "ops/ort/packed_node.h"
+#include "ops/ort/weight_rules.h"
 
 namespace qmoe_plugin::ort {
 namespace {
@@ -25,6 +25,42 @@ TensorView ByRow(TensorView tensor, const char* input, int64_t n) {
   return tensor;
 }
 
+FormatChoice FindFormat(const MatMulNBitsAttributes& a) {
+  if (a.weight_format.empty()) {
+    const int64_t bits = a.bits.value_or(4);
+    QMOE_REQUIRE(bits == 2 || bits == 4 || bits == 8, "bits is ", bits, "; allowed are 2, 4 and 8");
+    return {&IntFormat(bits), Concat("bits ", bits)};
+  }
+  FormatChoice choice = NamedFormat("weight_format", a.weight_format);
+  QMOE_REQUIRE(a.bits.value_or(choice.format->bits) == choice.format->bits, "bits is ", *a.bits,
+               "; ", choice.says, " has ", choice.format->bits, " bits a weight");
+  QMOE_REQUIRE(a.weight_prepacked == 0, "weight_prepacked is ", a.weight_prepacked,
+               ", which belongs to the integers that bits says; with ", choice.says,
+               " leave it out");
+  return choice;
+}
+
+void CheckBlockSize(const FormatChoice& choice, int64_t block_size) {
+  QMOE_REQUIRE(block_size >= 16 && block_size <= 65536 && (block_size & (block_size - 1)) == 0,
+               "block_size is ", block_size, "; it must be a power of two from 16 to 65536");
+  const int64_t only = choice.format->block_size;
+  QMOE_REQUIRE(only == 0 || block_size == only, "block_size is ", block_size, "; ", choice.says,
+               " has blocks of ", only);
+}
+
+/// Checks the types of scales, and that global scale and codebook are there if the format has them.
+void CheckScales(const FormatChoice& choice, const std::vector<TensorView>& inputs) {
+  CheckScaleType(choice, "scales", inputs[kScales]);
+  CheckCodebook(choice, "input 6 (codebook)", inputs[kCodebook]);
+  const TensorView& global = inputs[kGlobalScale];
+  const ScaleKind kind = choice.format->scales;
+  QMOE_REQUIRE(!NeedsGlobalScale(kind) || global.present, "input 7 (global_scale) is missing; ",
+               choice.says,
+               " needs a factor, float32 [1]. Where there is nothing to scale, give one");
+  QMOE_REQUIRE(kind != ScaleKind::kFloat || !global.present, "input 7 (global_scale) is ",
+               global.Describe(), ", but ", choice.says, " has no global scale; leave it out");
+}
+
 /// What weight_prepacked says, with the raw shape of B in every case.
 StoredLayout FindLayout(int64_t weight_prepacked, int64_t n, int64_t k, int64_t bits,
                         int64_t block_size) {
@@ -45,16 +81,17 @@ StoredLayout FindLayout(int64_t weight_prepacked, int64_t n, int64_t k, int64_t 
 
 /// Weights as a model stores them, in one of the layouts of weight_prepacked.
 Projection TakeStored(const MatMulNBitsAttributes& a, const std::vector<TensorView>& inputs,
-                      const Format& format) {
+                      const FormatChoice& choice) {
   QMOE_REQUIRE(inputs[kScales].present, "input 2 (scales) is missing; weights need scales");
+  const Format& format = *choice.format;
   const int64_t n = *a.n, k = *a.k, block_size = *a.block_size;
-  const StoredLayout layout = FindLayout(a.weight_prepacked, n, k, a.bits, block_size);
+  const StoredLayout layout = FindLayout(a.weight_prepacked, n, k, format.bits, block_size);
   const int64_t groups = (k + block_size - 1) / block_size;
-  const std::vector<int64_t> shape{n, groups, block_size * a.bits / 8};
+  const std::vector<int64_t> shape{n, groups, block_size * format.bits / 8};
   TensorView codes = inputs[kB];
   QMOE_REQUIRE(codes.shape == shape, "B is ", codes.Describe(), "; with N=", n, ", K=", k,
-               ", bits=", a.bits, " and block_size=", block_size, " it must be uint8[", shape[0],
-               ", ", shape[1], ", ", shape[2], "]");
+               ", bits=", format.bits, " and block_size=", block_size, " it must be uint8[",
+               shape[0], ", ", shape[1], ", ", shape[2], "]");
   codes.shape = {1, n, groups * shape[2]};
   TensorView bias = inputs[kBias];
   if (bias.present) {
@@ -62,6 +99,7 @@ Projection TakeStored(const MatMulNBitsAttributes& a, const std::vector<TensorVi
                  "; it must be [", n, "] = [N]");
     bias.shape = {1, n};
   }
+  CheckScales(choice, inputs);
 
   Projection p;
   p.name = std::string("B");
@@ -70,12 +108,16 @@ Projection TakeStored(const MatMulNBitsAttributes& a, const std::vector<TensorVi
   p.n = n;
   p.k = k;
   p.block_size = block_size;
+  p.scale_rows = format.square_blocks ? block_size : 1;
   p.layout = layout;
   p.codes = codes;
-  p.scales = ByRow(inputs[kScales], "scales", n);
+  p.scales = ByRow(inputs[kScales], "scales", (n + p.scale_rows - 1) / p.scale_rows);
+  p.scales_are_e8m0 = format.scales == ScaleKind::kE8M0;
   p.zero_points = ByRow(inputs[kZeroPoints], "zero_points", n);
   p.bias = bias;
   p.group_index = inputs[kGroupIndex];
+  p.codebook = inputs[kCodebook];
+  p.global_scale = inputs[kGlobalScale];
   return p;
 }
 
@@ -90,6 +132,8 @@ Projection TakePacked(const MatMulNBitsAttributes& a, const std::vector<TensorVi
   p.zero_points = inputs[kZeroPoints];
   p.group_index = inputs[kGroupIndex];
   p.bias = inputs[kBias];
+  p.codebook = inputs[kCodebook];
+  p.global_scale = inputs[kGlobalScale];
   return p;
 }
 
@@ -100,7 +144,8 @@ MatMulNBitsAttributes ReadMatMulNBitsAttributes(const Attributes& node) {
   a.k = node.FindInt("K");
   a.n = node.FindInt("N");
   a.block_size = node.FindInt("block_size");
-  a.bits = node.Int("bits", a.bits);
+  a.bits = node.FindInt("bits");
+  a.weight_format = node.String("weight_format", a.weight_format);
   a.accuracy_level = node.Int("accuracy_level", a.accuracy_level);
   a.weight_prepacked = node.Int("weight_prepacked", a.weight_prepacked);
   a.weights_layout = node.String("weights_layout", a.weights_layout);
@@ -111,23 +156,20 @@ MatMulNBitsNode InterpretMatMulNBits(const MatMulNBitsAttributes& a,
                                      const std::vector<TensorView>& inputs, DType dtype) {
   const int64_t k = Required("K", a.k), n = Required("N", a.n),
                 block_size = Required("block_size", a.block_size);
-  QMOE_REQUIRE(a.bits == 2 || a.bits == 4 || a.bits == 8, "bits is ", a.bits,
-               "; allowed are 2, 4 and 8");
-  QMOE_REQUIRE(block_size >= 16 && block_size <= 65536 && (block_size & (block_size - 1)) == 0,
-               "block_size is ", block_size, "; it must be a power of two from 16 to 65536");
+  const FormatChoice choice = FindFormat(a);
+  CheckBlockSize(choice, block_size);
   QMOE_REQUIRE(a.accuracy_level >= 0 && a.accuracy_level <= 4, "accuracy_level is ",
                a.accuracy_level, "; allowed are 0 to 4");
   const bool packed = a.weights_layout == kPackedLayout;
   QMOE_REQUIRE(packed || a.weights_layout.empty(), "weights_layout is \"", a.weights_layout,
                "\"; allowed is \"packed\", for weights packed before. Other layouts are named by "
                "weight_prepacked");
-  const Format& format = IntFormat(int(a.bits));
   MatMulNBitsNode node;
   node.config.dtype = dtype;
   node.config.n = n;
   node.config.k = k;
   node.config.accuracy_level = AccuracyLevel(a.accuracy_level);
-  node.weights = packed ? TakePacked(a, inputs, format) : TakeStored(a, inputs, format);
+  node.weights = packed ? TakePacked(a, inputs, *choice.format) : TakeStored(a, inputs, choice);
   return node;
 }
 

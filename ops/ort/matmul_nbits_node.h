@@ -1,8 +1,13 @@
 // What a MatMulNBits node of a model means: attributes and tensors in, MatMulConfig and Projection
 // out. Knows no ONNX Runtime.
 //
+// B is of the integer format that `bits` says, or of the one that weight_format names (an attribute
+// of ours: a registered format). Scales are then of that format's types (ops/formats/format.h), with
+// a codebook [16] or a global scale [1] where it has one: inputs 6 and 7, which are ours too.
+//
 // G = ceil(K / block_size). Shapes: B [N, G, block_size * bits / 8], scales [N, G] or [N * G], zero
-// points packed [N, ceil(G * bits / 8)] or one value a block [N, G] (both flat, too), g_idx [K] or
+// points packed [N, ceil(G * bits / 8)] or one value a block [N, G] (both flat, too), scales
+// of square blocks [ceil(N / block_size), G], g_idx [K] or
 // [G * block_size], bias [N]. weight_prepacked 1 and 2 permute the bytes of B and leave its shape.
 // Weights packed before: ops/ort/packed_node.h.
 #pragma once
@@ -17,7 +22,8 @@
 
 namespace qmoe_plugin::ort {
 
-/// The inputs of MatMulNBits by number; the names are those of com.microsoft.
+/// The inputs of MatMulNBits by number; the names are those of com.microsoft, but for
+/// the last two.
 enum MatMulNBitsInput : size_t {
   kA,
   kB,
@@ -25,13 +31,16 @@ enum MatMulNBitsInput : size_t {
   kZeroPoints,
   kGroupIndex,
   kBias,
+  kCodebook,
+  kGlobalScale,
   kMatMulNBitsInputs
 };
 
 /// The attributes with com.microsoft's defaults; empty = not given. weights_layout is ours.
 struct MatMulNBitsAttributes {
   std::optional<int64_t> k, n, block_size;  // required
-  int64_t bits = 4;
+  std::optional<int64_t> bits;              // 4, or what weight_format has
+  std::string weight_format;
   int64_t accuracy_level = 0;
   int64_t weight_prepacked = 0;
   std::string weights_layout;

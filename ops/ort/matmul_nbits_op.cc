@@ -13,8 +13,14 @@ namespace qmoe_plugin::ort {
 namespace {
 
 constexpr InputSpec kInputs[] = {
-    {"A", false, false},         {"B", false, true},    {"scales", true, true},
-    {"zero_points", true, true}, {"g_idx", true, true}, {"bias", true, true},
+    {"A", false, false},
+    {"B", false, true},
+    {"scales", true, true, ScaleSet::kFirst},
+    {"zero_points", true, true},
+    {"g_idx", true, true},
+    {"bias", true, true},
+    {"codebook", true, true},
+    {"global_scale", true, true},
 };
 static_assert(std::size(kInputs) == kMatMulNBitsInputs);
 

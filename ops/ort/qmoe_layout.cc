@@ -21,22 +21,15 @@ const char* AttributeName(StoredLayout layout) {
   }
 }
 
-/// The layouts that weights of this type may have; what rule 4 takes comes first.
-std::vector<StoredLayout> AllowedLayouts(const QuantType& type) {
-  if (!type.format) return {StoredLayout::kRaw, StoredLayout::kFpAIntB};
-  if (type.square_blocks) return {StoredLayout::kRaw};
-  return {StoredLayout::kKMajor, StoredLayout::kRaw};
-}
-
 /// What the attributes leave of the allowed layouts: rules 1 and 2.
-std::vector<StoredLayout> StatedLayouts(const QMoeAttributes& a, const QuantType& type) {
-  const std::vector<StoredLayout> allowed = AllowedLayouts(type);
+std::vector<StoredLayout> StatedLayouts(const QMoeAttributes& a, const QMoeFormats& formats) {
+  const std::vector<StoredLayout>& allowed = formats.layouts;
   QMOE_REQUIRE(a.weights_prepacked >= -1 && a.weights_prepacked <= 1, "weights_prepacked is ",
                a.weights_prepacked, "; allowed are 0 (raw), 1 (SM80 fpA_intB) and -1 (not said)");
-  QMOE_REQUIRE(a.weights_prepacked < 1 || !type.format,
-               "weights_prepacked is 1, which belongs to quant_type \"int\"; with \"", type.name,
-               "\" leave it out");
-  const bool says = a.weights_prepacked >= 0 && !type.format;
+  QMOE_REQUIRE(a.weights_prepacked < 1 || formats.integers,
+               "weights_prepacked is 1, which belongs to quant_type \"int\"; with ", formats.says,
+               " leave it out");
+  const bool says = a.weights_prepacked >= 0 && formats.integers;
   const StoredLayout said = a.weights_prepacked == 1 ? StoredLayout::kFpAIntB : StoredLayout::kRaw;
   if (a.weights_layout.empty()) return says ? std::vector{said} : allowed;
   for (const StoredLayout layout : allowed) {
@@ -48,8 +41,8 @@ std::vector<StoredLayout> StatedLayouts(const QMoeAttributes& a, const QuantType
   }
   std::string names;
   for (const StoredLayout layout : allowed) names += Concat(", \"", AttributeName(layout), "\"");
-  FailInvalid("weights_layout is \"", a.weights_layout, "\"; allowed with quant_type \"", type.name,
-              "\" are \"\" (not said)", names, " and, for weights packed before, \"packed\"");
+  FailInvalid("weights_layout is \"", a.weights_layout, "\"; allowed with ", formats.says,
+              " are \"\" (not said)", names, " and, for weights packed before, \"packed\"");
 }
 
 /// Why these weights cannot be laid out so; empty if they can.
@@ -75,9 +68,10 @@ std::string Refuse(StoredLayout layout, const Tensors& inputs, int64_t experts,
 
 }  // namespace
 
-LayoutDecision DecideLayout(const QMoeAttributes& a, const QuantType& type, const Tensors& inputs,
-                            int64_t experts, const std::vector<Matrix>& matrices) {
-  const std::vector<StoredLayout> stated = StatedLayouts(a, type);
+LayoutDecision DecideLayout(const QMoeAttributes& a, const QMoeFormats& formats,
+                            const Tensors& inputs, int64_t experts,
+                            const std::vector<Matrix>& matrices) {
+  const std::vector<StoredLayout> stated = StatedLayouts(a, formats);
   std::vector<StoredLayout> fitting;
   std::string refusals;
   for (const StoredLayout layout : stated) {
@@ -89,7 +83,7 @@ LayoutDecision DecideLayout(const QMoeAttributes& a, const QuantType& type, cons
     }
   }
   if (fitting.empty()) {
-    const bool one_of_two = stated.size() < AllowedLayouts(type).size();
+    const bool one_of_two = stated.size() < formats.layouts.size();
     FailInvalid(refusals, one_of_two
                               ? Concat(", as ",
                                        a.weights_layout.empty()

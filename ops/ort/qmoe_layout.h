@@ -3,7 +3,7 @@
 //
 // All projections of a node share one layout, and only one with N != K shows it by its shape:
 //
-//   raw        [E, N, K * bits / 8]   any quant_type
+//   raw        [E, N, K * bits / 8]   any format; the only one of those that com.microsoft lacks
 //   fpa_intb   [E, K, N * bits / 8]   "int" of 4 and 8 bits, prepacked for the stock CUDA op
 //   k_major    [E, K, N * bits / 8]   the 4-bit floats, as the stock CUDA op wants them
 //
@@ -19,8 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "ops/ort/qmoe_formats.h"
 #include "ops/ort/qmoe_node.h"
-#include "ops/ort/qmoe_scales.h"
 #include "ops/stored_layout.h"
 
 namespace qmoe_plugin::ort {
@@ -38,7 +38,7 @@ struct LayoutDecision {
 };
 
 /// Throws Error for attributes that contradict each other, and for weights that no layout fits.
-LayoutDecision DecideLayout(const QMoeAttributes& attributes, const QuantType& type,
+LayoutDecision DecideLayout(const QMoeAttributes& attributes, const QMoeFormats& formats,
                             const std::vector<TensorView>& inputs, int64_t experts,
                             const std::vector<Matrix>& matrices);
 

@@ -3,6 +3,7 @@
 #include "ops/error.h"
 #include "ops/ort/packed_node.h"
 #include "ops/ort/qmoe_activation.h"
+#include "ops/ort/qmoe_formats.h"
 #include "ops/ort/qmoe_layout.h"
 #include "ops/ort/qmoe_scales.h"
 
@@ -19,121 +20,118 @@ struct Sizes {
   int64_t experts, hidden, inter;  // E, H, I
 };
 
-/// Which dimension is which. Scales of rows say it whatever the layout of the weights, [E, F * I,
-/// ...] for fc1 and [E, H, ...] for fc2; where there are none, the weights are raw and begin with
-/// the same dimensions.
-Sizes FindSizes(const Tensors& inputs, const ScalePlan& scales, int64_t rows_per_unit) {
-  const bool by_scales = !scales.type->square_blocks;
-  const TensorView& fc1 = inputs[by_scales ? kFc1Scales : kFc1Weights];
-  const TensorView& fc2 = inputs[by_scales ? kFc2Scales : kFc2Weights];
-  const char* what = by_scales ? "scales" : "experts_weights";
-  for (const TensorView* tensor : {&fc1, &fc2}) {
-    QMOE_REQUIRE(by_scales || tensor->shape.size() == 3, "fc1_experts_weights is ", fc1.Describe(),
-                 " and fc2_experts_weights is ", fc2.Describe(), "; weights of quant_type \"",
-                 scales.type->name, "\" must be [E, N, K]");
-    for (const int64_t dim : tensor->shape)
-      QMOE_REQUIRE(dim > 0, "fc1_", what, " is ", fc1.Describe(), " and fc2_", what, " is ",
-                   fc2.Describe(), "; no dimension may be 0");
-  }
-  QMOE_REQUIRE(fc1.shape[1] % rows_per_unit == 0, "fc1_", what, " is ", fc1.Describe(),
-               "; gates and ups together must be an even number of rows");
-  return {fc1.shape[0], fc2.shape[1], fc1.shape[1] / rows_per_unit};
-}
-
-void CheckSizes(const Sizes& sizes, const ScalePlan& scales) {
-  const bool partial_blocks = scales.type->square_blocks || scales.block_size == 0;
-  const int64_t unit = partial_blocks ? 8 : scales.block_size;
-  QMOE_REQUIRE(sizes.hidden % unit == 0 && sizes.inter % unit == 0, "hidden_size ", sizes.hidden,
-               " and inter_size ", sizes.inter, " must be multiples of ",
-               partial_blocks ? "" : "block_size ", unit);
-}
-
-/// The formats of fc1, fc2 and fc3.
-struct Formats {
-  const Format *fc1, *fc2, *fc3;
+/// [E, N, ...] of a projection. Its scales say it whatever the layout of the weights, unless they
+/// are those of squares; the weights are raw then, and begin with the same dimensions.
+struct Rows {
+  std::string name;  // "fc1_scales"
+  const TensorView& tensor;
+  bool is_weights;
 };
 
-Formats FindFormats(const QMoeAttributes& a, const ScalePlan& scales) {
-  const auto find = [&](const char* attribute, std::optional<int64_t> own) {
-    return &WeightFormat(scales, own ? attribute : "expert_weight_bits",
-                         own ? own : a.expert_weight_bits);
-  };
-  WeightFormat(scales, "expert_weight_bits", a.expert_weight_bits);
-  const Format* fc1 = find("fc1_expert_weight_bits", a.fc1_expert_weight_bits);
-  const Format* fc3 =
-      find("fc3_expert_weight_bits",
-           a.fc3_expert_weight_bits ? a.fc3_expert_weight_bits : a.fc1_expert_weight_bits);
-  QMOE_REQUIRE(fc3 == fc1, "fc3_expert_weight_bits is ", fc3->bits, " and fc1 has ", fc1->bits,
-               " bits; gates and ups must have the same");
-  return {fc1, find("fc2_expert_weight_bits", a.fc2_expert_weight_bits), fc3};
+Rows FindRows(const std::string& name, const Tensors& inputs, size_t weights,
+              const ScalePlan& plan) {
+  if (!plan.format->square_blocks) return {name + "_scales", inputs[weights + 1], false};
+  return {name + "_experts_weights", inputs[weights], true};
 }
 
-/// `global_scale` is 0 for a projection that has no input for one.
+Sizes FindSizes(const Tensors& inputs, const ScalePlans& plans, int64_t rows_per_unit) {
+  const Rows fc1 = FindRows("fc1", inputs, kFc1Weights, plans.fc1);
+  const Rows fc2 = FindRows("fc2", inputs, kFc2Weights, plans.fc2);
+  for (const Rows& rows : {fc1, fc2}) {
+    const TensorView& tensor = rows.tensor;
+    QMOE_REQUIRE(!rows.is_weights || tensor.shape.size() == 3, rows.name, " is ", tensor.Describe(),
+                 "; weights in square blocks must be [E, N, K]");
+    for (const int64_t dim : tensor.shape)
+      QMOE_REQUIRE(dim > 0, rows.name, " is ", tensor.Describe(), "; no dimension may be 0");
+  }
+  QMOE_REQUIRE(fc1.tensor.shape[1] % rows_per_unit == 0, fc1.name, " is ", fc1.tensor.Describe(),
+               "; gates and ups together must be an even number of rows");
+  return {fc1.tensor.shape[0], fc2.tensor.shape[1], fc1.tensor.shape[1] / rows_per_unit};
+}
+
+void CheckSizes(const Sizes& sizes, const ScalePlans& plans) {
+  const auto check = [](const char* name, int64_t size, const ScalePlan& plan) {
+    QMOE_REQUIRE(size % 8 == 0 && size % plan.unit() == 0, name, " ", size,
+                 " must be a multiple of ", plan.unit() == 8 ? "" : "block_size ", plan.unit());
+  };
+  check("hidden_size", sizes.hidden, plans.fc1);
+  check("inter_size", sizes.inter, plans.fc2);
+}
+
+/// The numbers of a projection's inputs beside weights, scales and bias, which follow each other; 0
+/// = it has none.
+struct OtherInputs {
+  size_t zero_points, global_scale, codebook;
+};
+constexpr OtherInputs kFc1Others{kFc1ZeroPoints, kFc1GlobalScale, kFc1Codebook};
+constexpr OtherInputs kFc2Others{kFc2ZeroPoints, kFc2GlobalScale, kFc2Codebook};
+
 Projection MakeProjection(const char* name, const Tensors& inputs, const Sizes& sizes,
-                          const Matrix& m, const ScalePlan& scales, StoredLayout layout,
-                          QMoeInput zero_points, size_t global_scale) {
+                          const Matrix& m, const ScalePlan& plan, StoredLayout layout,
+                          const OtherInputs& others) {
   Projection p;
   p.name = name;
   p.format = m.format;
   p.experts = sizes.experts;
   p.n = m.n;
   p.k = m.k;
-  p.block_size = scales.block_size;
-  p.scale_rows = scales.scale_rows;
+  p.block_size = plan.block_size;
+  p.scale_rows = plan.scale_rows;
   p.layout = layout;
   p.codes = inputs[m.input];
-  // Scales, bias and weights follow each other in the list of inputs.
   p.scales = inputs[m.input + 1];
-  p.scales_are_e8m0 = scales.type->scales == DType::kFloat8E8M0;
+  p.scales_are_e8m0 = m.format->scales == ScaleKind::kE8M0;
   p.bias = inputs[m.input + 2];
-  p.zero_points = inputs[zero_points];
-  if (global_scale) p.global_scale = inputs[global_scale];
+  p.zero_points = inputs[others.zero_points];
+  if (others.global_scale) p.global_scale = inputs[others.global_scale];
+  p.codebook = inputs[others.codebook];
   return p;
 }
 
 /// Weights as a model stores them, in one of the layouts of qmoe_layout.h.
-Sizes TakeStored(const QMoeAttributes& a, const Tensors& inputs, const ScalePlan& scales,
-                 const Formats& formats, const ActivationPlan& activation, QMoeNode& node) {
+Sizes TakeStored(const QMoeAttributes& a, const Tensors& inputs, const QMoeFormats& formats,
+                 const ScalePlans& scales, const ActivationPlan& activation, QMoeNode& node) {
   const Sizes sizes = FindSizes(inputs, scales, activation.rows_per_unit);
   const bool has_fc3 = inputs[kFc3Weights].present;
-  const Matrix fc1{kFc1Weights, activation.rows_per_unit * sizes.inter, sizes.hidden, formats.fc1};
-  const Matrix fc2{kFc2Weights, sizes.hidden, sizes.inter, formats.fc2};
-  const Matrix fc3{kFc3Weights, sizes.inter, sizes.hidden, formats.fc3};
+  const Matrix fc1{kFc1Weights, activation.rows_per_unit * sizes.inter, sizes.hidden,
+                   formats.fc1.format};
+  const Matrix fc2{kFc2Weights, sizes.hidden, sizes.inter, formats.fc2.format};
+  const Matrix fc3{kFc3Weights, sizes.inter, sizes.hidden, formats.fc1.format};
   std::vector<Matrix> matrices{fc1, fc2};
   if (has_fc3) matrices.push_back(fc3);
-  const LayoutDecision decision = DecideLayout(a, *scales.type, inputs, sizes.experts, matrices);
+  const LayoutDecision decision = DecideLayout(a, formats, inputs, sizes.experts, matrices);
   node.warning = decision.warning;
-  const auto make = [&](const char* name, const Matrix& m, QMoeInput zero_points,
-                        size_t global_scale) {
-    return MakeProjection(name, inputs, sizes, m, scales, decision.layout, zero_points,
-                          global_scale);
+  const auto make = [&](const char* name, const Matrix& m, const ScalePlan& plan,
+                        const OtherInputs& others) {
+    return MakeProjection(name, inputs, sizes, m, plan, decision.layout, others);
   };
-  node.weights.fc1 = make("fc1", fc1, kFc1ZeroPoints, kFc1GlobalScale);
+  node.weights.fc1 = make("fc1", fc1, scales.fc1, kFc1Others);
   node.weights.fc1_order = activation.order;
-  node.weights.fc2 = make("fc2", fc2, kFc2ZeroPoints, kFc2GlobalScale);
-  if (has_fc3) node.weights.fc3 = make("fc3", fc3, kFc3ZeroPoints, 0);
+  node.weights.fc2 = make("fc2", fc2, scales.fc2, kFc2Others);
+  if (has_fc3) node.weights.fc3 = make("fc3", fc3, scales.fc1, {kFc3ZeroPoints, 0, kFc1Codebook});
   return sizes;
 }
 
 /// Weights that were packed before. MakeQMoe checks that they are of the same sizes.
-Sizes TakePacked(const QMoeAttributes& a, const Tensors& inputs, const ScalePlan& scales,
-                 const Formats& formats, MoeWeights& weights) {
+Sizes TakePacked(const QMoeAttributes& a, const Tensors& inputs, const ScalePlans& scales,
+                 MoeWeights& weights) {
   QMOE_REQUIRE(a.weights_prepacked == -1,
                "weights_layout is \"packed\", but weights_prepacked=", a.weights_prepacked,
                " is given too; leave it out");
   QMOE_REQUIRE(!inputs[kFc3Weights].present,
                "weights_layout is \"packed\", so that fc1 has fc3 in it; leave fc3 out");
-  const auto take = [&](const char* name, size_t input, const Format& format, size_t zero_points,
-                        size_t global_scale) {
-    Projection p = PackedProjection(name, inputs[input], format, scales.block_size);
+  const auto take = [&](const char* name, size_t input, const ScalePlan& plan,
+                        const OtherInputs& others) {
+    Projection p = PackedProjection(name, inputs[input], *plan.format, plan.block_size);
     p.scales = inputs[input + 1];  // this and the following must be left out
     p.bias = inputs[input + 2];
-    p.zero_points = inputs[zero_points];
-    p.global_scale = inputs[global_scale];
+    p.zero_points = inputs[others.zero_points];
+    p.global_scale = inputs[others.global_scale];
+    p.codebook = inputs[others.codebook];
     return p;
   };
-  weights.fc1 = take("fc1", kFc1Weights, *formats.fc1, kFc1ZeroPoints, kFc1GlobalScale);
-  weights.fc2 = take("fc2", kFc2Weights, *formats.fc2, kFc2ZeroPoints, kFc2GlobalScale);
+  weights.fc1 = take("fc1", kFc1Weights, scales.fc1, kFc1Others);
+  weights.fc2 = take("fc2", kFc2Weights, scales.fc2, kFc2Others);
   return {weights.fc1.experts, weights.fc1.k, weights.fc2.k};
 }
 
@@ -150,6 +148,8 @@ QMoeAttributes ReadQMoeAttributes(const Attributes& node) {
   a.fc1_expert_weight_bits = node.FindInt("fc1_expert_weight_bits");
   a.fc2_expert_weight_bits = node.FindInt("fc2_expert_weight_bits");
   a.fc3_expert_weight_bits = node.FindInt("fc3_expert_weight_bits");
+  a.fc1_format = node.String("fc1_format", a.fc1_format);
+  a.fc2_format = node.String("fc2_format", a.fc2_format);
   a.k = node.Int("k", a.k);
   a.normalize_routing_weights = node.Int("normalize_routing_weights", a.normalize_routing_weights);
   a.quant_type = node.String("quant_type", a.quant_type);
@@ -172,12 +172,12 @@ QMoeNode InterpretQMoe(const QMoeAttributes& a, const Tensors& inputs, DType dty
                "fc3 scales, bias or zero points are given without fc3_experts_weights; give all of "
                "fc3 or none");
   const ActivationPlan activation = PlanActivation(a, has_fc3);
-  const ScalePlan scales = PlanScales(a, inputs, has_fc3);
-  const Formats formats = FindFormats(a, scales);
+  const QMoeFormats formats = FindFormats(a);
+  const ScalePlans scales = PlanScales(a, formats, inputs, has_fc3);
   QMoeNode node;
   const Sizes sizes = a.weights_layout == kPackedLayout
-                          ? TakePacked(a, inputs, scales, formats, node.weights)
-                          : TakeStored(a, inputs, scales, formats, activation, node);
+                          ? TakePacked(a, inputs, scales, node.weights)
+                          : TakeStored(a, inputs, formats, scales, activation, node);
   CheckSizes(sizes, scales);
   node.config.dtype = dtype;
   node.config.hidden_size = sizes.hidden;
@@ -188,7 +188,7 @@ QMoeNode InterpretQMoe(const QMoeAttributes& a, const Tensors& inputs, DType dty
   node.config.use_sparse_mixer = a.use_sparse_mixer == 1;
   node.config.activation = activation.params;
   node.config.accuracy_level = AccuracyLevel(a.accuracy_level);
-  PlanActivationQuant(scales, inputs, node.config);
+  PlanActivationQuant(a, inputs, node.config);
   return node;
 }
 

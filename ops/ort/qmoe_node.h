@@ -5,8 +5,8 @@
 // Shapes of raw weights:
 //   fc1 [E, F * I, H * bits / 8], fc2 [E, H, I * bits / 8], fc3 [E, I, H * bits / 8] (ups, when
 //   apart from fc1).
-// Other layouts: ops/ort/qmoe_layout.h, weights packed before: ops/ort/packed_node.h. Scales: ops/ort/qmoe_scales.h. Activations:
-// ops/ort/qmoe_activation.h.
+// Formats: ops/ort/qmoe_formats.h. Other layouts: ops/ort/qmoe_layout.h, weights packed before:
+// ops/ort/packed_node.h. Scales: ops/ort/qmoe_scales.h. Activations: ops/ort/qmoe_activation.h.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@
 
 namespace qmoe_plugin::ort {
 
-/// The inputs of QMoE by number; the names are those of com.microsoft.
+/// The inputs of QMoE by number; the names are those of com.microsoft, but for the codebooks, which
+/// are ours.
 enum QMoeInput : size_t {
   kInput,
   kRouterProbs,
@@ -42,10 +43,13 @@ enum QMoeInput : size_t {
   kFc2ActScale,
   kFc1ActBlockScale,
   kFc2ActBlockScale,
+  kFc1Codebook,
+  kFc2Codebook,
   kQMoeInputs,
 };
 
-/// The attributes with com.microsoft's defaults; empty = not given. weights_layout is ours.
+/// The attributes with com.microsoft's defaults; empty = not given. fc1_format, fc2_format and
+/// weights_layout are ours.
 struct QMoeAttributes {
   int64_t accuracy_level = 0;
   float activation_alpha = 1.0f;
@@ -54,6 +58,7 @@ struct QMoeAttributes {
   std::optional<int64_t> block_size;
   std::optional<int64_t> expert_weight_bits;  // 4 with quant_type "int", else what the format has
   std::optional<int64_t> fc1_expert_weight_bits, fc2_expert_weight_bits, fc3_expert_weight_bits;
+  std::string fc1_format, fc2_format;
   int64_t k = 1;
   int64_t normalize_routing_weights = 0;
   std::string quant_type = "int";

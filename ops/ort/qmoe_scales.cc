@@ -1,9 +1,6 @@
 #include "ops/ort/qmoe_scales.h"
 
-#include <array>
-
 #include "ops/error.h"
-#include "ops/ort/int_format.h"
 #include "ops/ort/packed_node.h"
 
 namespace qmoe_plugin::ort {
@@ -11,95 +8,86 @@ namespace {
 
 using Tensors = std::vector<TensorView>;
 
-constexpr std::array kQuantTypes{
-    QuantType{"int", nullptr, DType::kFloat32, 0, false},
-    QuantType{"fp4", "mxfp4", DType::kFloat8E8M0, 32, false},
-    QuantType{"nvfp4", "nvfp4", DType::kFloat8E4M3, 16, false},
-    QuantType{"fp8", "fp8_e4m3", DType::kFloat32, 0, true},
-    QuantType{"wfp4afp8", "mxfp4", DType::kFloat8E8M0, 32, false},
+/// One projection's inputs; 0 = it has none for that.
+struct Inputs {
+  size_t scales, global_scale, codebook;
 };
+constexpr Inputs kFc1Inputs{kFc1Scales, kFc1GlobalScale, kFc1Codebook};
+constexpr Inputs kFc2Inputs{kFc2Scales, kFc2GlobalScale, kFc2Codebook};
 
-const QuantType& FindQuantType(const std::string& name) {
-  for (const QuantType& type : kQuantTypes)
-    if (name == type.name) return type;
-  FailInvalid("quant_type is \"", name, "\"; allowed are int, fp4, nvfp4, fp8 and wfp4afp8");
-}
-
-int64_t FindBlockSize(const QuantType& type, std::optional<int64_t> given) {
-  if (type.block_size) {
-    QMOE_REQUIRE(given.value_or(type.block_size) == type.block_size, "block_size is ", *given,
-                 "; quant_type \"", type.name, "\" has blocks of ", type.block_size,
+/// `needed_elsewhere`: the attribute says the blocks of another projection.
+int64_t FindBlockSize(const FormatChoice& choice, std::optional<int64_t> given,
+                      bool needed_elsewhere) {
+  const Format& format = *choice.format;
+  if (format.block_size) {
+    QMOE_REQUIRE(needed_elsewhere || given.value_or(format.block_size) == format.block_size,
+                 "block_size is ", *given, "; ", choice.says, " has blocks of ", format.block_size,
                  ", so leave it out");
-    return type.block_size;
+    return format.block_size;
   }
   const int64_t block_size = given.value_or(0);
   QMOE_REQUIRE(
       block_size == 0 ||
           (block_size >= 16 && block_size <= 65536 && (block_size & (block_size - 1)) == 0),
       "block_size is ", block_size, "; it must be a power of two from 16 to 65536, or 0 for one ",
-      type.square_blocks ? "factor an expert" : "scale a row");
+      format.square_blocks ? "factor an expert" : "scale a row");
   return block_size;
 }
 
-void CheckScaleType(const QuantType& type, size_t input, const TensorView& scales) {
-  switch (type.scales) {
-    case DType::kFloat8E8M0:
-      if (IsFloat(scales.dtype)) {
-        FailInvalid(
-            "quant_type is \"", type.name, "\", but input ", input, " (scales) is ",
-            scales.Describe(),
-            ", not float8e8m0. The model builder of onnxruntime-genai 0.18 writes such nodes for "
-            "Qwen3.5-MoE with moe_quant_type=mxfp4: they hold prepacked int4 weights. Export the "
-            "model again with moe_quant_type=int4");
-      }
-      QMOE_REQUIRE(scales.dtype == DType::kFloat8E8M0 || scales.dtype == DType::kUint8, "input ",
-                   input, " (scales) is ", scales.Describe(), "; scales of quant_type \"",
-                   type.name, "\" must be float8e8m0, or uint8 with the same bytes");
-      return;
-    case DType::kFloat8E4M3:
-      QMOE_REQUIRE(scales.dtype == DType::kFloat8E4M3, "input ", input, " (scales) is ",
-                   scales.Describe(), "; scales of quant_type \"", type.name,
-                   "\" must be float8e4m3fn", scales.dtype == DType::kUint8 ? ", not bytes" : "");
-      return;
-    default:
-      QMOE_REQUIRE(IsFloat(scales.dtype), "input ", input, " (scales) is ", scales.Describe(),
-                   "; allowed with quant_type \"", type.name,
-                   "\" are float32, float16 and bfloat16");
-  }
-}
-
-void CheckScales(const ScalePlan& plan, size_t input, const TensorView& scales) {
+void CheckScales(const FormatChoice& choice, const ScalePlan& plan, size_t input,
+                 const TensorView& scales) {
+  const std::string subject = Concat("input ", input, " (scales)");
   if (!plan.has_scales) {
-    QMOE_REQUIRE(!scales.present, "input ", input, " (scales) is ", scales.Describe(),
-                 ", but quant_type \"fp8\" without block_size has a factor an expert (inputs 15 "
-                 "and 16) and no other scales; leave it out, or set block_size");
+    QMOE_REQUIRE(!scales.present, subject, " is ", scales.Describe(), ", but ", choice.says,
+                 " without block_size has a factor an expert (inputs 15 and 16) and no other "
+                 "scales; leave it out, or set block_size");
     return;
   }
-  QMOE_REQUIRE(scales.present, "input ", input, " (scales) is missing; quant_type \"",
-               plan.type->name, "\" needs scales for every weight");
-  CheckScaleType(*plan.type, input, scales);
+  QMOE_REQUIRE(scales.present, subject, " is missing; ", choice.says,
+               " needs scales for every weight");
+  CheckScaleType(choice, subject, scales);
   const size_t rank = scales.shape.size();
-  QMOE_REQUIRE(rank == 2 || rank == 3, "input ", input, " (scales) is ", scales.Describe(),
+  QMOE_REQUIRE(rank == 2 || rank == 3, subject, " is ", scales.Describe(),
                "; it must be [E, N], or [E, N, K / block_size]");
-  QMOE_REQUIRE(plan.block_size > 0 || rank == 2 || scales.shape[2] == 1, "input ", input,
-               " (scales) is ", scales.Describe(),
+  QMOE_REQUIRE(plan.block_size > 0 || rank == 2 || scales.shape[2] == 1, subject, " is ",
+               scales.Describe(),
                ", several scales a row, but the node has no block_size; set the attribute to the "
                "number of weights that share a scale");
 }
 
-void CheckGlobalScales(const ScalePlan& plan, const Tensors& inputs) {
-  for (const size_t input : {kFc1GlobalScale, kFc2GlobalScale}) {
-    const TensorView& scale = inputs[input];
-    QMOE_REQUIRE(plan.has_global_scales || !scale.present, "input ", input, " (global scale) is ",
-                 scale.Describe(), ", but quant_type \"", plan.type->name, "\" ",
-                 plan.type->square_blocks ? "with block_size has a scale a square block"
-                                          : "has no global scales",
-                 "; leave it out");
-    QMOE_REQUIRE(!plan.has_global_scales || scale.present, "input ", input,
-                 " (global scale) is missing; quant_type \"", plan.type->name,
-                 "\" needs one factor an expert, float32 [E]. Where there is nothing to scale, "
-                 "give ones");
+void CheckGlobalScale(const FormatChoice& choice, const ScalePlan& plan, size_t input,
+                      const TensorView& scale) {
+  const ScaleKind kind = choice.format->scales;
+  const bool needed = NeedsGlobalScale(kind) || !plan.has_scales;
+  QMOE_REQUIRE(needed || kind == ScaleKind::kAny || !scale.present, "input ", input,
+               " (global scale) is ", scale.Describe(), ", but ", choice.says, " ",
+               choice.format->square_blocks ? "with block_size has a scale a square block"
+                                            : "has no global scales",
+               "; leave it out");
+  QMOE_REQUIRE(!needed || scale.present, "input ", input, " (global scale) is missing; ",
+               choice.says,
+               " needs one factor an expert, float32 [E]. Where there is nothing to scale, give "
+               "ones");
+}
+
+ScalePlan PlanProjection(const FormatChoice& choice, std::optional<int64_t> block_size,
+                         bool needed_elsewhere) {
+  const Format& format = *choice.format;
+  ScalePlan plan{.format = &format,
+                 .block_size = FindBlockSize(choice, block_size, needed_elsewhere)};
+  if (format.square_blocks) {
+    plan.has_scales = plan.block_size > 0;
+    plan.scale_rows = plan.has_scales ? plan.block_size : 1;
   }
+  return plan;
+}
+
+void CheckProjection(const FormatChoice& choice, const ScalePlan& plan, const Tensors& tensors,
+                     const Inputs& inputs) {
+  CheckScales(choice, plan, inputs.scales, tensors[inputs.scales]);
+  CheckGlobalScale(choice, plan, inputs.global_scale, tensors[inputs.global_scale]);
+  const char* name = inputs.codebook == kFc1Codebook ? " (fc1_codebook)" : " (fc2_codebook)";
+  CheckCodebook(choice, Concat("input ", inputs.codebook, name), tensors[inputs.codebook]);
 }
 
 /// E values, of one for all or of one an expert. MakeQMoe checks them.
@@ -115,44 +103,30 @@ std::vector<float> ReadActScales(size_t input, const TensorView& tensor, int64_t
 
 }  // namespace
 
-ScalePlan PlanScales(const QMoeAttributes& a, const Tensors& inputs, bool has_fc3) {
-  ScalePlan plan{.type = &FindQuantType(a.quant_type)};
-  const QuantType& type = *plan.type;
-  plan.block_size = FindBlockSize(type, a.block_size);
-  if (type.square_blocks) {
-    plan.has_scales = plan.block_size > 0;
-    plan.scale_rows = plan.has_scales ? plan.block_size : 1;
-  }
-  plan.has_global_scales = type.block_size > 0 || !plan.has_scales;
-  if (a.weights_layout == kPackedLayout) return plan;  // they are in the weights
-  QMOE_REQUIRE(!has_fc3 || !plan.has_global_scales,
-               "fc3_experts_weights is given, but quant_type \"", type.name, "\"",
-               type.square_blocks ? " without block_size" : "",
+ScalePlans PlanScales(const QMoeAttributes& a, const QMoeFormats& formats, const Tensors& inputs,
+                      bool has_fc3) {
+  const FormatChoice &fc1 = formats.fc1, &fc2 = formats.fc2;
+  const ScalePlans plans{PlanProjection(fc1, a.block_size, fc2.format->block_size == 0),
+                         PlanProjection(fc2, a.block_size, fc1.format->block_size == 0)};
+  if (a.weights_layout == kPackedLayout) return plans;  // they are in the weights
+  const ScaleKind kind = fc1.format->scales;
+  QMOE_REQUIRE(!has_fc3 || !(NeedsGlobalScale(kind) || !plans.fc1.has_scales),
+               "fc3_experts_weights is given, but ", fc1.says,
+               fc1.format->square_blocks ? " without block_size" : "",
                " needs a global scale for each projection, and there is no input for that of fc3; "
                "store gates and ups together in fc1 (swiglu_fusion 1 or 2)");
-  for (const size_t input : {kFc1Scales, kFc2Scales, kFc3Scales})
-    if (input != kFc3Scales || has_fc3) CheckScales(plan, input, inputs[input]);
-  CheckGlobalScales(plan, inputs);
-  return plan;
+  QMOE_REQUIRE(!has_fc3 || kind != ScaleKind::kAny || !inputs[kFc1GlobalScale].present,
+               "fc3_experts_weights and input 15 (global scale) are given, but there is no input "
+               "for the global scale of fc3; put the factor into the scales");
+  CheckProjection(fc1, plans.fc1, inputs, kFc1Inputs);
+  CheckProjection(fc2, plans.fc2, inputs, kFc2Inputs);
+  if (has_fc3) CheckScales(fc1, plans.fc1, kFc3Scales, inputs[kFc3Scales]);
+  return plans;
 }
 
-const Format& WeightFormat(const ScalePlan& plan, const char* attribute,
-                           std::optional<int64_t> bits) {
-  if (!plan.type->format) {
-    const int64_t width = bits.value_or(4);
-    QMOE_REQUIRE(width == 2 || width == 4 || width == 8, attribute, " is ", width,
-                 "; allowed are 2, 4 and 8");
-    return IntFormat(int(width));
-  }
-  const Format& format = GetFormat(plan.type->format);
-  QMOE_REQUIRE(bits.value_or(format.bits) == format.bits, attribute, " is ", *bits,
-               "; quant_type \"", plan.type->name, "\" has ", format.bits, " bits a weight");
-  return format;
-}
-
-void PlanActivationQuant(const ScalePlan& plan, const Tensors& inputs, MoeConfig& config) {
-  const bool quantizes = std::string(plan.type->name) == "wfp4afp8";
-  for (size_t i = kFc1ActScale; i < kQMoeInputs; ++i) {
+void PlanActivationQuant(const QMoeAttributes& a, const Tensors& inputs, MoeConfig& config) {
+  const bool quantizes = a.quant_type == "wfp4afp8";
+  for (size_t i = kFc1ActScale; i <= kFc2ActBlockScale; ++i) {
     QMOE_REQUIRE(quantizes || !inputs[i].present, "input ", i, " is given (", inputs[i].Describe(),
                  "), but inputs 17 to 20, scales of activations, belong to quant_type "
                  "\"wfp4afp8\"; leave it out");

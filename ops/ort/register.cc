@@ -4,6 +4,7 @@
 // registered in com.microsoft, too, where they take the place of ONNX Runtime's ops of these names:
 // all of them, as a domain has one op of a name, so a node that we refuse fails the session.
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <deque>
 #include <mutex>
@@ -34,14 +35,14 @@ uint32_t OfferedVersion(const char* release) {
   return major > 1 ? kHighestApiVersion : major == 1 ? minor : 0;
 }
 
-/// The types of scales that an op has objects for.
-std::span<const DType> ScaleTypes(const OpSpec& spec, uint32_t version) {
+/// The types of a set of scales that an op has objects for.
+std::span<const DType> ScaleTypes(const OpSpec& spec, ScaleSet set, uint32_t version) {
   static constexpr DType kNone[] = {DType::kUndefined};
   static_assert(kScaleTypes[std::size(kScaleTypes) - 1] == DType::kFloat8E8M0);
   const std::span<const DType> known(kScaleTypes,
                                      std::size(kScaleTypes) - (version < kE8M0Version ? 1 : 0));
   const bool has_scales = std::any_of(spec.inputs.begin(), spec.inputs.end(),
-                                      [](const InputSpec& input) { return input.scale; });
+                                      [set](const InputSpec& input) { return input.scale == set; });
   return has_scales ? known : kNone;
 }
 
@@ -51,9 +52,10 @@ void AddOps(Registration& registration, uint32_t version) {
     for (const DeviceType device : {DeviceType::kCpu, DeviceType::kCuda}) {
       if (device == DeviceType::kCuda && !BuiltWithCuda()) continue;
       for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
-        for (const DType scales : ScaleTypes(*spec, version))
-          registration.ops.emplace_back(api, version, registration.name, *spec, device, dtype,
-                                        scales);
+        for (const DType first : ScaleTypes(*spec, ScaleSet::kFirst, version))
+          for (const DType second : ScaleTypes(*spec, ScaleSet::kSecond, version))
+            registration.ops.emplace_back(api, version, registration.name, *spec, device, dtype,
+                                          std::array{first, second});
     }
   }
   api.Call<slot::CreateCustomOpDomain>(registration.name, &registration.domain);

@@ -58,7 +58,11 @@ def read_packed(*, header: bytes, size: int) -> dict[str, Any]:
     """What the first 64 bytes say of packed weights of so many bytes (`qmoe_plugin_packed`)."""
 
 def formats() -> list[dict[str, Any]]:
-    """The registered formats: name, bits, default_zero_point, zero_points, values."""
+    """The registered formats, with the fields of `qmoe_plugin.formats.Format`.
+
+    Those are name, bits, default_zero_point, zero_points, values, codebook, square_blocks, scales
+    (scale_type) and block_size (only_block_size, 0 for None).
+    """
 
 def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Packs codes [R, K] into bytes [R, ceil(K * bits / 8)], lowest bits first."""

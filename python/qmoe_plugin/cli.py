@@ -97,8 +97,10 @@ def _kernels(options: argparse.Namespace) -> int:
     kernels = qmoe_plugin.kernels()
     if options.json:
         print(json.dumps([dataclasses.asdict(kernel) for kernel in kernels], indent=2))
+    elif options.markdown:
+        print(support_page(kernels, qmoe_plugin.formats.FORMATS.values()))
     else:
-        print(support_page(kernels) if options.markdown else kernel_table(kernels))
+        print(kernel_table(kernels))
     return 0
 
 

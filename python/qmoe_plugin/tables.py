@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from qmoe_plugin import formats
+from qmoe_plugin.formats import Format
 from qmoe_plugin.kernels import Kernel
 
+_FORMAT_HEADER = ("format", "bits", "zero points", "default zero point", "scales", "blocks")
+_SCALES = {
+    "float": "float32, float16, bfloat16",
+    "float8e8m0": "float8e8m0 and a global scale",
+    "float8e4m3fn": "float8e4m3fn and a global scale",
+    "any": "float types, float8e8m0 or float8e4m3fn; a global scale or none",
+}
 _HEADER = ("kernel", "format", "device", "activations", "priority", "limits")
 
 
@@ -24,7 +31,7 @@ def kernel_table(kernels: Sequence[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def support_page(kernels: Sequence[Kernel]) -> str:
+def support_page(kernels: Sequence[Kernel], formats: Iterable[Format]) -> str:
     """The page docs/support.md: formats and kernels. The same on every machine."""
     lines = [
         "# Support table",
@@ -37,7 +44,7 @@ def support_page(kernels: Sequence[Kernel]) -> str:
         "",
         "## Formats",
         "",
-        *_markdown(("format", "bits", "zero points", "default zero point"), _format_rows()),
+        *_markdown(_FORMAT_HEADER, _format_rows(formats)),
         "",
     ]
     for device in ("CPU", "CUDA"):
@@ -58,11 +65,24 @@ def _cells(kernel: Kernel) -> tuple[str, ...]:
     return (kernel.name, kernel.format, where, dtypes, str(kernel.priority), kernel.limits)
 
 
-def _format_rows() -> list[tuple[str, ...]]:
+def _format_rows(formats: Iterable[Format]) -> list[tuple[str, ...]]:
     return [
-        (f.name, str(f.bits), "yes" if f.zero_points else "no", f"{f.default_zero_point:g}")
-        for f in formats.FORMATS.values()
+        (
+            f.name,
+            str(f.bits),
+            "yes" if f.zero_points else "no",
+            f"{f.default_zero_point:g}",
+            _SCALES[f.scale_type],
+            _blocks(f),
+        )
+        for f in formats
     ]
+
+
+def _blocks(fmt: Format) -> str:
+    if fmt.square_blocks:
+        return "square, any size, or one an expert"
+    return str(fmt.only_block_size) if fmt.only_block_size else "any size, or one a row"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -15,6 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from helpers.models import node_inputs
+from qmoe_plugin import formats
 
 Tensors = dict[str, np.ndarray]
 
@@ -39,6 +40,8 @@ class Blank:
         scales: Type of the scales; None = what the quant_type has.
         float8_weights: fp8 weights as float8e4m3fn rather than uint8.
         gate: "fused" (swiglu, fusion 1), "fc3" (silu) or "none" (relu).
+        fc1_format: That of fc3, too; "" = as quant_type and the bits say.
+        fc2_format: Likewise.
     """
 
     quant_type: str = "int"
@@ -56,6 +59,8 @@ class Blank:
     zero_points: bool = False
     act_scales: int = 0
     dtype: str = "float32"
+    fc1_format: str = ""
+    fc2_format: str = ""
 
     def __str__(self) -> str:
         """The options that differ from their defaults."""
@@ -80,9 +85,26 @@ class Blank:
             made["expert_weight_bits"] = self.bits
         if self.fc2_bits:
             made["fc2_expert_weight_bits"] = self.fc2_bits
-        if self.block_size and self.quant_type not in FIXED_BLOCKS:
+        for name in ("fc1_format", "fc2_format"):
+            if getattr(self, name):
+                made[name] = getattr(self, name)
+        if self.block_size and None in (self._only_block("fc1"), self._only_block("fc2")):
             made["block_size"] = self.block_size
         return made
+
+    def _named(self, name: str) -> formats.Format | None:
+        """The format of a projection that is called by its name; None if quant_type says it."""
+        own = self.fc2_format if name == "fc2" else self.fc1_format
+        stock = self.quant_type in ("int", "fp4", "nvfp4", "fp8", "wfp4afp8")
+        return formats.get(own or self.quant_type) if own or not stock else None
+
+    def _only_block(self, name: str) -> int | None:
+        named = self._named(name)
+        return FIXED_BLOCKS.get(self.quant_type) if named is None else named.only_block_size
+
+    def _is_square(self, name: str) -> bool:
+        named = self._named(name)
+        return self.quant_type == "fp8" if named is None else named.square_blocks
 
     def tensors(self) -> Tensors:
         """The node's inputs."""
@@ -96,9 +118,12 @@ class Blank:
         }
         if self.gate == "fc3":
             tensors |= self._projection("fc3", self.inter, self.hidden)
-        if self.quant_type in FIXED_BLOCKS or (self.quant_type == "fp8" and not self.block_size):
-            for name in ("fc1_global_scale", "fc2_global_scale"):
-                tensors[name] = np.ones(self.experts, np.float32)
+        for name in ("fc1", "fc2"):
+            if self._only_block(name) or (self._is_square(name) and not self.block_size):
+                tensors[f"{name}_global_scale"] = np.ones(self.experts, np.float32)
+            named = self._named(name)
+            if named is not None and named.codebook:
+                tensors[f"{name}_codebook"] = np.arange(16, dtype=np.float32)
         if self.act_scales:
             for name in ("fc1_act_scale", "fc2_act_scale"):
                 tensors[name] = np.ones(self.act_scales, np.float32)
@@ -121,18 +146,23 @@ class Blank:
 
     def _projection(self, name: str, n: int, k: int) -> Tensors:
         e = self.experts
-        bits = 8 if self.quant_type == "fp8" else self.bits or 4
-        if name == "fc2" and self.fc2_bits:
+        named = self._named(name)
+        if named is not None:
+            bits = named.bits
+        elif name == "fc2" and self.fc2_bits:
             bits = self.fc2_bits
+        else:
+            bits = 8 if self.quant_type == "fp8" else self.bits or 4
         rows, columns = (n, k) if self.layout == "raw" else (k, n)
         codes = np.zeros((e, rows, columns * bits // 8), np.uint8)
-        if self.quant_type == "fp8" and self.float8_weights:
+        is_fp8 = self.quant_type == "fp8" if named is None else named.name == "fp8_e4m3"
+        if is_fp8 and self.float8_weights:
             codes = codes.view(ml_dtypes.float8_e4m3fn)
         tensors = {f"{name}_experts_weights": codes}
-        block = FIXED_BLOCKS.get(self.quant_type, self.block_size)
-        height = block if self.quant_type == "fp8" else 1
-        if self.quant_type != "fp8" or block:
-            scales = SCALE_TYPES[self.scales or _DEFAULT_SCALES.get(self.quant_type, self.dtype)]
+        block = self._only_block(name) or self.block_size
+        height = block if self._is_square(name) else 1
+        if height:
+            scales = SCALE_TYPES[self.scales or self._scales(name)]
             shape = (e, -(-n // height), -(-k // block)) if block else (e, n)
             tensors[f"{name}_scales"] = np.ones(shape, scales)
         if self.zero_points:
@@ -141,6 +171,13 @@ class Blank:
         if self.bias:
             tensors[f"{name}_experts_bias"] = np.zeros((e, n), SCALE_TYPES[self.dtype])
         return tensors
+
+    def _scales(self, name: str) -> str:
+        """The type of scales that the projection's format has."""
+        named = self._named(name)
+        if named is None:
+            return _DEFAULT_SCALES.get(self.quant_type, self.dtype)
+        return self.dtype if named.scale_type in ("float", "any") else named.scale_type
 
 
 def blank_model(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from helpers.dtypes import numpy_dtype
+from helpers.dtypes import FLOAT_DTYPES, numpy_dtype
 from helpers.layouts import in_layout
 from helpers.models import ACTIVATION_INPUTS, DOMAIN, one_node_model
 from helpers.weights import Tensors, random_weights, typed
@@ -74,13 +74,14 @@ def router_logits(
 class QMoECase:
     """A QMoE node and its inputs.
 
-    block_size is that of formats which leave it open; the others have their own (`block`).
+    block_size is that of formats which leave it open; the others have their own (`block_of`).
     """
 
     format: str = "int4"
     block_size: int = 32
     dtype: str = "float32"
     scale_dtype: str | None = None  # that of the activations by default
+    global_scales: bool = False  # of formats that leave it open
     zero_points: bool = False
     signs: bool = True  # negative scales too
     hidden: int = 64
@@ -92,6 +93,7 @@ class QMoECase:
     fusion: int = 1
     fc3: bool = False
     fc2_format: str | None = None  # that of fc1 by default
+    own_formats: bool = False  # said by fc1_format and fc2_format, not by quant_type and the bits
     quant_type: str | None = None  # that of the format by default; or wfp4afp8
     act_scales: str = "none"  # wfp4afp8: none (found at run time), one (for all) or experts
     layout: str = "raw"  # raw, fpa_intb (int4 and int8) or k_major (4-bit floats)
@@ -124,47 +126,75 @@ class QMoECase:
     def fmt(self) -> formats.Format:
         return formats.get(self.format)
 
+    def format_of(self, name: str) -> formats.Format:
+        """The format of a projection."""
+        return formats.get(self.fc2_format or self.format if name == "fc2" else self.format)
+
+    def block_of(self, name: str) -> int:
+        """The block size of a projection's weights; 0 = a scale a row, or an expert."""
+        return self.format_of(name).only_block_size or self.block_size
+
+    def scale_dtype_of(self, name: str) -> str:
+        """The type of a projection's scales, unless its format has one of its own."""
+        wanted = self.scale_dtype or self.dtype
+        any_type = self.format_of(name).scale_type == "any"
+        return wanted if any_type or wanted in FLOAT_DTYPES else self.dtype
+
     @property
     def block(self) -> int:
-        """The block size of the weights; 0 = a scale a row, or an expert."""
-        return self.fmt.only_block_size or self.block_size
+        """The block size of fc1."""
+        return self.block_of("fc1")
 
     def fitted(self) -> QMoECase:
-        """The same node without what its format does not have."""
-        fmt, changes = self.fmt, {}
-        unit = 8 if fmt.square_blocks else self.block or 8
-        changes["hidden"] = -(-self.hidden // unit) * unit
-        changes["inter"] = -(-self.inter // unit) * unit
-        changes["block_size"] = self.block_size if fmt.only_block_size is None else 32
-        changes["zero_points"] = self.zero_points and fmt.zero_points
-        if fmt.scale_type != "float":
+        """The same node without what its formats do not have."""
+        changes: dict[str, Any] = {}
+        both = [self.format_of("fc1"), self.format_of("fc2")]
+        for name, size in (("fc1", "hidden"), ("fc2", "inter")):
+            unit = 8 if self.format_of(name).square_blocks else self.block_of(name) or 8
+            changes[size] = -(-getattr(self, size) // unit) * unit
+        if all(fmt.only_block_size is not None for fmt in both):
+            changes["block_size"] = 32
+        changes["zero_points"] = self.zero_points and any(fmt.zero_points for fmt in both)
+        if not any(fmt.scale_type in ("float", "any") for fmt in both):
             changes["scale_dtype"] = None
-        if fmt.has_global_scale(self.block):
+        changes["global_scales"] = self.global_scales and any(
+            fmt.may_have_global_scale for fmt in both
+        )
+        if self.fmt.has_global_scale(self.block) or self.global_scales:
             changes["fc3"] = False
-        if fmt.has_global_scale(self.block) or fmt.square_blocks:
+        if any(f.has_global_scale(self.block_size) or f.square_blocks for f in both):
             changes["trailing_group_axis"] = False
         return dataclasses.replace(self, **changes)
 
     def attributes(self) -> dict[str, int | float | str]:
-        is_integer = self.fmt.qmoe_attributes["quant_type"] == "int"
+        both = [self.format_of("fc1"), self.format_of("fc2")]
+        integers = all(fmt.qmoe_attributes["quant_type"] == "int" for fmt in both)
+        own_formats = self.own_formats or (self.fc2_format is not None and not integers)
         attributes: dict[str, Any] = {
             **self.fmt.qmoe_attributes,
             "k": self.k,
             "activation_type": self.activation,
             "normalize_routing_weights": int(self.normalize),
             "swiglu_fusion": self.fusion if self.activation in GATED else None,
-            "block_size": (None if self.fmt.only_block_size else self.block_size) or None,
+            "block_size": self.block_size if any(not f.only_block_size for f in both) else None,
             "activation_alpha": self.alpha,
             "activation_beta": self.beta,
             "swiglu_limit": self.limit,
             "use_sparse_mixer": int(self.sparse_mixer) or None,
             "accuracy_level": self.accuracy_level or None,
-            "weights_prepacked": int(self.layout == "fpa_intb") if is_integer else None,
-            "weights_layout": self.layout if self.fmt.scale_type != "float" else None,
         }
+        if own_formats:
+            attributes["fc2_format"] = self.format_of("fc2").name
+        elif integers:
+            attributes["weights_prepacked"] = int(self.layout == "fpa_intb")
+        elif self.fmt.scale_type != "float":
+            attributes["weights_layout"] = self.layout
+        if self.own_formats:
+            attributes["fc1_format"] = self.format
+            del attributes["quant_type"], attributes["expert_weight_bits"]
         if self.quant_type:
             attributes["quant_type"] = self.quant_type
-        if self.fc2_format:
+        if not own_formats and self.fc2_format:
             attributes["fc2_expert_weight_bits"] = formats.get(self.fc2_format).bits
         return {name: value for name, value in attributes.items() if value is not None}
 
@@ -184,17 +214,21 @@ class QMoECase:
         logits = router_logits(rng, self.router, self.tokens, self.experts, self.k)
         tensors["router_probs"] = logits.astype(router_dtype)
         for name, shape in shapes.items():
-            fmt = formats.get(self.fc2_format or self.format if name == "fc2" else self.format)
+            fmt = self.format_of(name)
             weights = random_weights(
                 rng,
                 fmt,
                 shape,
-                self.block,
-                numpy_dtype(self.scale_dtype or self.dtype),
+                self.block_of(name),
+                numpy_dtype(self.scale_dtype_of(name)),
                 signs=self.signs,
-                zero_points=self.zero_points,
+                zero_points=self.zero_points and fmt.zero_points,
                 powers_of_two=self.quant_type == "wfp4afp8" and self.dtype != "float32",
+                global_scale=self.global_scales,
+                codebook=tensors.get("fc1_codebook") if name == "fc3" else None,
             )
+            if name == "fc3":
+                weights.pop("codebook", None)  # that of fc1
             if self.trailing_group_axis:
                 weights["scales"] = weights["scales"][..., None]
             if self.as_bytes and fmt.scale_type == "float8e8m0":
@@ -251,6 +285,7 @@ def projections(tensors: Tensors) -> dict[str, reference.Projection]:
             tensors.get(f"{name}_zero_points"),
             tensors.get(f"{name}_experts_bias"),
             tensors.get(f"{name}_global_scale"),
+            tensors.get("fc2_codebook" if name == "fc2" else "fc1_codebook"),
         )
         for name in ("fc1", "fc2", "fc3")
         if f"{name}_experts_weights" in tensors
@@ -277,6 +312,7 @@ class MatMulNBitsCase:
     block_size: int = 32
     dtype: str = "float32"
     scale_dtype: str | None = None  # that of A by default
+    global_scales: bool = False  # of formats that leave it open
     zero_points: str = "none"  # none, packed, bytes (one a block) or typed (floats, one a block)
     signs: bool = True
     m: int = 3
@@ -300,14 +336,28 @@ class MatMulNBitsCase:
         return numpy_dtype(self.dtype)
 
     @property
+    def fmt(self) -> formats.Format:
+        return formats.get(self.format)
+
+    @property
     def groups(self) -> int:
         return -(-self.k // self.block_size)
 
+    def fitted(self) -> MatMulNBitsCase:
+        """The same node without what its format does not have."""
+        fmt, changes = self.fmt, {}
+        changes["block_size"] = fmt.only_block_size or self.block_size
+        if not fmt.zero_points:
+            changes["zero_points"] = "none"
+        if fmt.scale_type not in ("float", "any"):
+            changes["scale_dtype"] = None
+        if not fmt.may_have_global_scale:
+            changes["global_scales"] = False
+        return dataclasses.replace(self, **changes)
+
     def attributes(self) -> dict[str, int | float | str]:
-        fmt = formats.get(self.format)
-        assert fmt.matmul_nbits_attributes is not None
         attributes = {
-            **fmt.matmul_nbits_attributes,
+            **self.fmt.matmul_nbits_attributes,
             "K": self.k,
             "N": self.n,
             "block_size": self.block_size,
@@ -330,8 +380,10 @@ class MatMulNBitsCase:
             self.block_size,
             numpy_dtype(self.scale_dtype or self.dtype),
             signs=self.signs,
-            zero_points=self.zero_points != "none",
+            zero_points=self.zero_points != "none" and fmt.zero_points,
+            global_scale=self.global_scales,
         )
+        codes = typed(weights["codes"], fmt)
         a = rng.standard_normal((self.m, self.k)).astype(dtype)
         if self.rank == 3:
             a = _split_tokens(a)
@@ -339,9 +391,13 @@ class MatMulNBitsCase:
             a = a.reshape(-1)
         tensors: Tensors = {
             "A": a,
-            "B": weights["codes"].reshape(self.n, self.groups, self.block_size * fmt.bits // 8),
+            "B": codes.reshape(self.n, self.groups, self.block_size * fmt.bits // 8),
             "scales": weights["scales"],
         }
+        if "codebook" in weights:
+            tensors["codebook"] = weights["codebook"]
+        if "global_scale" in weights:
+            tensors["global_scale"] = weights["global_scale"].reshape(1)
         if "zero_points" in weights:
             zero_points = weights["zero_points"]
             values = formats.unpack(zero_points, fmt.bits, self.groups)
@@ -381,7 +437,8 @@ class MatMulNBitsCase:
 
 
 def matmul_nbits_oracle(tensors: Tensors, attributes: dict[str, int | float | str]) -> np.ndarray:
-    inputs = {name.lower(): tensors.get(name) for name in ("zero_points", "g_idx", "bias")}
+    optional = ("zero_points", "g_idx", "bias", "codebook", "global_scale")
+    inputs = {name: tensors.get(name) for name in optional}
     return reference.matmul_nbits(
         tensors["A"], tensors["B"], tensors["scales"], **inputs, **attributes
     )

@@ -12,6 +12,9 @@ _NUMPY = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    # of scales only
+    "float8e8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "float8e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
 _ONNX = {

@@ -36,8 +36,6 @@ def problems(case: Case, target: Target) -> Iterator[Problem]:
     common |= {
         "rows": case.tokens * case.k,
         "experts": case.experts,
-        "block_size": case.block,
-        "zero_points": case.zero_points,
     }
     activation = "swiglu" if case.activation == "silu" and case.fc3 else case.activation
     fc1_rows = case.inter * (2 if gated else 1)
@@ -47,13 +45,17 @@ def problems(case: Case, target: Target) -> Iterator[Problem]:
         n=fc1_rows,
         k=case.hidden,
         activation=activation,
+        block_size=case.block_of("fc1"),
+        zero_points=case.zero_points and case.format_of("fc1").zero_points,
         **common,
     )
     yield Problem(
         stage="fc2",
-        format=case.fc2_format or case.format,
+        format=case.format_of("fc2").name,
         n=case.hidden,
         k=case.inter,
+        block_size=case.block_of("fc2"),
+        zero_points=case.zero_points and case.format_of("fc2").zero_points,
         **common,
     )
 

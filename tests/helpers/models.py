@@ -36,8 +36,19 @@ QMOE_INPUTS = (
     "fc2_act_scale",
     "fc1_act_block_scale",
     "fc2_act_block_scale",
+    "fc1_codebook",
+    "fc2_codebook",
 )
-MATMUL_NBITS_INPUTS = ("A", "B", "scales", "zero_points", "g_idx", "bias")
+MATMUL_NBITS_INPUTS = (
+    "A",
+    "B",
+    "scales",
+    "zero_points",
+    "g_idx",
+    "bias",
+    "codebook",
+    "global_scale",
+)
 
 INPUT_NAMES: dict[str, tuple[str, ...]] = {
     "QMoE": QMOE_INPUTS,

@@ -40,8 +40,13 @@ def quick_cases(format_name: str) -> list[Case]:
                 QMoECase(**quantized, tokens=40, experts=8, k=3),
                 QMoECase(**quantized, tokens=9, act_scales="experts"),
             ]
-        if fmt.matmul_nbits_attributes is None:
-            continue
+        if fmt.scale_type == "any":
+            cases += [
+                QMoECase(**common, tokens=3, scale_dtype="float8e8m0"),
+                QMoECase(**common, tokens=7, scale_dtype="float8e4m3fn", global_scales=True),
+                MatMulNBitsCase(**common, m=3, scale_dtype="float8e8m0", global_scales=True),
+                MatMulNBitsCase(**common, m=9, scale_dtype="float8e4m3fn"),
+            ]
         zero_points = "packed" if fmt.zero_points else "none"
         cases += [
             MatMulNBitsCase(**common, m=1, n=40, k=288),
@@ -49,4 +54,4 @@ def quick_cases(format_name: str) -> list[Case]:
             MatMulNBitsCase(**common, m=19, n=130, k=320, block_size=128, bias=False),
             MatMulNBitsCase(**common, m=130, n=72, k=160, g_idx="shuffled"),
         ]
-    return [case.fitted() if case.op_type == "QMoE" else case for case in cases]
+    return list(dict.fromkeys(case.fitted() for case in cases))

@@ -70,10 +70,12 @@ def error_scale(case: Case, tensors: Tensors) -> np.ndarray:
         tensors["scales"],
         tensors.get("zero_points"),
         tensors.get("g_idx"),
+        tensors.get("codebook"),
+        tensors.get("global_scale"),
         k=int(attributes["K"]),
         n=int(attributes["N"]),
         block_size=int(attributes["block_size"]),
-        bits=int(attributes["bits"]),
+        fmt=reference.matmul_nbits_format(attributes),
     )
     walk = _walk(tensors["A"].astype(np.float64), weights, tensors.get("bias"))
     return np.abs(case.expected(tensors)) + walk

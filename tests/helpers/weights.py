@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from qmoe_plugin import formats
-from qmoe_plugin.formats.scales import E4M3, E8M0, round_to_e4m3
+from qmoe_plugin.formats.scales import E4M3, E8M0, round_to_e4m3, scale_type_of
 
 Tensors = dict[str, np.ndarray]
 
@@ -30,46 +30,65 @@ def random_weights(
     signs: bool,
     zero_points: bool,
     powers_of_two: bool = False,
+    global_scale: bool = False,
+    codebook: np.ndarray | None = None,
 ) -> Tensors:
     """The tensors of a stack of matrices [..., N, K] that the format has.
 
     codes         uint8 [..., N, ceil(K * bits / 8)]
     scales        in the format's type, or scale_dtype
     zero_points   packed
-    global_scale  float32 [...], a power of two if asked for
+    global_scale  float32 [...], a power of two if asked for; if the format leaves it open, only
+                  with `global_scale`
+    codebook      float32 [16], the given one or a random one
     """
     *lead, n, k = shape
+    tensors = {}
+    if fmt.codebook:
+        tensors["codebook"] = random_codebook(rng) if codebook is None else codebook
+        fmt = fmt.with_codebook(tensors["codebook"])
+    kind = scale_type_of(scale_dtype) if fmt.scale_type == "any" else fmt.scale_type
     numbers = np.flatnonzero(np.isfinite(fmt.values)).astype(np.uint8)
     codes = numbers[rng.integers(0, len(numbers), shape, dtype=np.uint8)]
     scale = 1 / (np.std(fmt.values[numbers]) * math.sqrt(k))
-    tensors = {"codes": fmt.pack(codes)}
+    tensors["codes"] = fmt.pack(codes)
     scale_shape = fmt.scale_shape(n, k, block_size)
-    if fmt.has_global_scale(block_size):
-        if fmt.scale_type == "float8e8m0":
-            exponents = rng.integers(-1, 2, (*lead, *scale_shape)) + E8M0_MIDDLE
-            tensors["scales"] = (exponents + 127).astype(np.uint8).view(E8M0)
-            scale /= 1.3 * 2.0**E8M0_MIDDLE
-        elif fmt.scale_type == "float8e4m3fn":
-            values = _random_scales(rng, (*lead, *scale_shape), E4M3_MIDDLE, signs)
-            tensors["scales"] = round_to_e4m3(values)
-            scale /= E4M3_MIDDLE
-        factors = _random_scales(rng, tuple(lead), scale, signs)
+    if fmt.has_global_scale(block_size) or (fmt.may_have_global_scale and global_scale):
+        if scale_shape is not None:
+            middle = {"float8e8m0": 2.0**E8M0_MIDDLE, "float8e4m3fn": E4M3_MIDDLE}.get(kind, 1.0)
+            scales = _random_scales(rng, (*lead, *scale_shape), kind, middle, signs)
+            tensors["scales"] = scales if kind != "float" else scales.astype(scale_dtype)
+            scale /= middle * (1.3 if kind == "float8e8m0" else 1.0)
+        factors = _random_scales(rng, tuple(lead), "float", scale, signs)
         if powers_of_two:
             factors = np.exp2(np.rint(np.log2(np.abs(factors))))
         tensors["global_scale"] = factors.astype(np.float32)
         return tensors
     assert scale_shape is not None
-    tensors["scales"] = _random_scales(rng, (*lead, *scale_shape), scale, signs).astype(scale_dtype)
+    scales = _random_scales(rng, (*lead, *scale_shape), kind, scale, signs)
+    tensors["scales"] = scales if kind != "float" else scales.astype(scale_dtype)
     if zero_points:
         tensors["zero_points"] = _random_zero_points(rng, fmt, (*lead, *scale_shape))
     return tensors
 
 
+def random_codebook(rng: np.random.Generator) -> np.ndarray:
+    """Values of 4-bit codes in no order, of both signs, one of them 0 and two alike."""
+    values = rng.standard_normal(16)
+    values[rng.permutation(16)[:3]] = [0.0, 1.5, 1.5]
+    return values.astype(np.float32)
+
+
 def _random_scales(
-    rng: np.random.Generator, shape: tuple[int, ...], middle: float, signs: bool
+    rng: np.random.Generator, shape: tuple[int, ...], kind: str, middle: float, signs: bool
 ) -> np.ndarray:
+    """Scales around `middle`: of float64, or in the small float type."""
+    if kind == "float8e8m0":
+        exponents = rng.integers(-1, 2, shape) + round(math.log2(middle))
+        return (exponents + 127).astype(np.uint8).view(E8M0)
     scales = rng.uniform(0.5, 1.5, shape) * middle
-    return scales * rng.choice([-1.0, 1.0], shape) if signs else scales
+    scales = scales * rng.choice([-1.0, 1.0], shape) if signs else scales
+    return round_to_e4m3(scales) if kind == "float8e4m3fn" else scales
 
 
 def _random_zero_points(

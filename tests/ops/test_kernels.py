@@ -49,6 +49,8 @@ def test_the_library_and_python_know_the_same_formats(library: str) -> None:
         row = compiled[name]
         assert (row["bits"], row["zero_points"]) == (fmt.bits, fmt.zero_points)
         assert row["default_zero_point"] == fmt.default_zero_point
+        assert (row["scales"], row["square_blocks"]) == (fmt.scale_type, fmt.square_blocks)
+        assert (row["block_size"] or None, row["codebook"]) == (fmt.only_block_size, fmt.codebook)
         np.testing.assert_array_equal(row["values"], fmt.values)  # NaN is equal to NaN here
 
 

@@ -30,6 +30,7 @@ relaxed = settings(
 
 dtypes = st.sampled_from(FLOAT_DTYPES)
 optional_dtypes = st.none() | dtypes
+small_dtypes = st.sampled_from(["float8e8m0", "float8e4m3fn"])
 seeds = st.integers(0, 2**16)
 LAYOUTS = {
     "int4": ["raw", "raw", "fpa_intb"],
@@ -39,23 +40,27 @@ LAYOUTS = {
 }
 
 
+def scale_dtypes(fmt: formats.Format) -> st.SearchStrategy[str | None]:
+    """The types that scales of a case may have, None for that of its activations."""
+    return optional_dtypes | small_dtypes if fmt.scale_type == "any" else optional_dtypes
+
+
 @st.composite
 def matmul_cases(draw: st.DrawFn) -> MatMulNBitsCase:
     """Any MatMulNBits node up to some hundred in each dimension."""
-    names = [f.name for f in formats.FORMATS.values() if f.matmul_nbits_attributes is not None]
-    fmt = formats.get(draw(st.sampled_from(names)))
+    fmt = formats.get(draw(st.sampled_from(list(formats.FORMATS))))
     kinds = ["none", "packed", "bytes", "typed"] if fmt.zero_points else ["none"]
     rank = draw(st.sampled_from([1, 2, 3]))
     block_size = draw(st.sampled_from([16, 32, 64, 128, 256]))
     prepacked = ["fpa_intb", "fpa_intb90"] if fmt.name in ("int4", "int8") else []
     layout = draw(st.sampled_from(["raw", "raw", *prepacked]))
     unit_n, unit_k = (1, 1) if layout == "raw" else (32, max(64, block_size))
-    return MatMulNBitsCase(
+    case = MatMulNBitsCase(
         format=fmt.name,
         layout=layout,
         block_size=block_size,
         dtype=draw(dtypes),
-        scale_dtype=draw(optional_dtypes),
+        scale_dtype=draw(scale_dtypes(fmt)),
         zero_points=draw(st.sampled_from(kinds)),
         signs=draw(st.booleans()),
         m=1 if rank == 1 else draw(st.integers(0, 20) | st.integers(21, 140)),
@@ -65,9 +70,11 @@ def matmul_cases(draw: st.DrawFn) -> MatMulNBitsCase:
         bias=draw(st.booleans()),
         rank=rank,
         flat=draw(st.booleans()),
+        global_scales=draw(st.booleans()),
         accuracy_level=draw(st.sampled_from([0, 0, 0, 4])),
         seed=draw(seeds),
     )
+    return case.fitted()
 
 
 @st.composite
@@ -85,18 +92,24 @@ def qmoe_cases(draw: st.DrawFn) -> QMoECase:
     swiglu = activation == "swiglu"
     router_weights = draw(st.booleans())
     quant_type = draw(st.sampled_from([None, *fmt.other_quant_types]))
-    layout = draw(st.sampled_from(LAYOUTS.get(fmt.name, ["raw"])))
+    fc2 = draw(st.sampled_from([None, None, *formats.FORMATS]))
+    own_formats = quant_type is None and draw(st.sampled_from([False, False, True]))
+    layouts = ["raw"] if fc2 or own_formats else LAYOUTS.get(fmt.name, ["raw"])
+    layout = draw(st.sampled_from(layouts))
     if layout == "fpa_intb":
         unit, most = max(unit, 64), 3
     case = QMoECase(
         format=fmt.name,
+        fc2_format=fc2,
+        own_formats=own_formats,
+        global_scales=draw(st.booleans()),
         quant_type=quant_type,
         act_scales=draw(st.sampled_from(["none", "one", "experts"])) if quant_type else "none",
         layout=layout,
         as_bytes=draw(st.booleans()),
         block_size=block_size,
         dtype=draw(dtypes),
-        scale_dtype=draw(optional_dtypes),
+        scale_dtype=draw(scale_dtypes(fmt)),
         zero_points=fmt.zero_points and draw(st.booleans()),
         signs=draw(st.booleans()),
         hidden=unit * draw(st.integers(1, most)),
@@ -171,7 +184,7 @@ def test_three_ways_to_store_gates_and_ups(device: str, case: QMoECase) -> None:
         halves[name] = np.concatenate([gates, ups], axis=1)
         apart[name], apart[name.replace("fc1", "fc3")] = gates, ups
     ways = [(interleaved, 1, False), (interleaved, 0, False), (halves, 2, False)]
-    if not case.fmt.has_global_scale(case.block):  # of which fc3 has none
+    if "fc1_global_scale" not in interleaved:  # of which fc3 has none
         ways.append((apart, 0, True))
     results = set()
     for tensors, fusion, fc3 in ways:

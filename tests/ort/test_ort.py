@@ -199,7 +199,7 @@ def test_bytes_stand_in_for_float8e8m0() -> None:
 @pytest.mark.parametrize(
     ("blank", "attributes", "tensors", "message"),
     [
-        (Blank(), {"quant_type": "mxfp4"}, {}, "allowed are int, fp4, nvfp4, fp8 and wfp4afp8"),
+        (Blank(), {"quant_type": "int3"}, {}, "allowed are int, fp4, nvfp4, fp8 and wfp4afp8"),
         (Blank("fp4"), {"block_size": 16}, {}, 'quant_type "fp4" has blocks of 32, so leave it'),
         (Blank("fp4", bits=8), {}, {}, 'expert_weight_bits is 8; .* "fp4" has 4 bits a weight'),
         (Blank("fp8", fc2_bits=4), {}, {}, 'fc2_expert_weight_bits is 4; .* "fp8" has 8 bits'),
@@ -230,7 +230,7 @@ def test_bytes_stand_in_for_float8e8m0() -> None:
         (Blank("fp8"), {"block_size": None}, {}, "without block_size has a factor an expert"),
         (Blank("fp8", layout="transposed"), {}, {}, "fp8_e4m3 weights of this node must be"),
         (Blank("fp8"), {}, {"fc1_scales": ones(4, 192, 2)}, r"must be \[4, 6, 2\]"),
-        (Blank("fp8", inter=92), {}, {}, "inter_size 92 must be multiples of 8"),
+        (Blank("fp8", inter=92), {}, {}, "inter_size 92 must be a multiple of 8"),
         (
             Blank("fp8"),
             {},
@@ -302,8 +302,9 @@ def test_refused_quant_types_and_layouts(
 
 
 def test_scales_of_different_types_are_refused() -> None:
-    """By onnxruntime: in com.microsoft too they have one type."""
-    model = Blank().model("qmoe_plugin", tensors={"fc2_scales": np.ones((4, 64, 3), np.float16)})
+    """Those of fc1 and fc3, by onnxruntime: in com.microsoft all scales have one type."""
+    other = {"fc3_scales": np.ones((4, 96, 2), np.float16)}
+    model = Blank(gate="fc3").model("qmoe_plugin", tensors=other)
     with pytest.raises(Exception, match="no kernel def matches node inputs for Op: QMoE"):
         open_session(model)
 

@@ -22,6 +22,8 @@ import qmoe_plugin
 pytestmark = pytest.mark.usefixtures("library")
 
 FLAGS = st.sampled_from([0, 1, 2])
+FORMATS = st.sampled_from(["", "int4", "int8", "mxfp4", "nvfp4", "fp8_e4m3", "codebook4", "int3"])
+KNOWN_FORMATS = st.sampled_from(["int4", "int8", "mxfp4", "nvfp4", "fp8_e4m3", "codebook4"])
 QMOE_ATTRIBUTES = {
     "accuracy_level": st.sampled_from([-1, 0, 1, 4, 5]),
     "activation_alpha": st.sampled_from([1.702, float("inf"), float("nan")]),
@@ -30,9 +32,11 @@ QMOE_ATTRIBUTES = {
     "expert_weight_bits": st.sampled_from([2, 3, 4, 8]),
     "fc1_expert_weight_bits": st.sampled_from([4, 8]),
     "fc3_expert_weight_bits": st.sampled_from([4, 8]),
+    "fc1_format": FORMATS,
+    "fc2_format": FORMATS,
     "k": st.sampled_from([-1, 0, 1, 2, 4, 5]),
     "normalize_routing_weights": FLAGS,
-    "quant_type": st.sampled_from(["int", "fp4", "nvfp4", "fp8", "wfp4afp8", "other"]),
+    "quant_type": st.sampled_from(["int", "fp4", "nvfp4", "fp8", "wfp4afp8", "codebook4", "int8"]),
     "swiglu_fusion": st.sampled_from([-1, 0, 1, 2, 3]),
     "swiglu_limit": st.sampled_from([7.0, 0.0, -1.0, float("inf")]),
     "use_sparse_mixer": FLAGS,
@@ -45,6 +49,7 @@ MATMUL_ATTRIBUTES = {
     "accuracy_level": st.sampled_from([-1, 0, 4, 5]),
     "bits": st.sampled_from([2, 4, 8]),
     "block_size": st.sampled_from([0, 8, 16, 24, 32, 64]),
+    "weight_format": FORMATS,
     "weight_prepacked": FLAGS,
 }
 QMOE_CASES = st.builds(
@@ -113,17 +118,42 @@ WILD_BLANKS = st.builds(
     act_scales=st.sampled_from([0, 1]),
     **{**SIZES, "inter": st.sampled_from([64, 72]), "gate": st.sampled_from(["fc3", "none"])},
 )
-BLANKS = st.one_of(INT_BLANKS, FP4_BLANKS, FP4_BLANKS, ACT_BLANKS, FP8_BLANKS, WILD_BLANKS)
+NAMED_BLANKS = st.builds(
+    Blank,
+    quant_type=st.sampled_from(["int", "fp4", "wfp4afp8", "codebook4", "int8"]),
+    block_size=st.sampled_from([0, 16, 32, 64]),
+    scales=st.sampled_from([None, None, None, "float16", "uint8", "float8e8m0", "float8e4m3fn"]),
+    zero_points=st.sampled_from([False, False, True]),
+    fc1_format=st.just("") | KNOWN_FORMATS,
+    fc2_format=st.just("") | KNOWN_FORMATS,
+    **{
+        **SIZES,
+        "inter": st.sampled_from([64, 128, 72]),
+        "layout": st.sampled_from(["raw", "raw", "raw", "transposed"]),
+        "gate": st.sampled_from(["fused", "fused", "fc3"]),
+    },
+)
+BLANKS = st.one_of(
+    INT_BLANKS, FP4_BLANKS, FP4_BLANKS, ACT_BLANKS, FP8_BLANKS, WILD_BLANKS, NAMED_BLANKS
+)
+CODEBOOKS = st.sampled_from(
+    [np.ones(16, np.float16), np.ones((1, 16), np.float32), np.ones(16, np.uint8), None]
+)
 EXTRA_TENSORS = {
     "fc1_global_scale": st.sampled_from([None, np.ones(4, np.float32), np.ones(1, np.float32)]),
     "fc2_global_scale": st.sampled_from([None, np.ones(4, np.float16)]),
     "fc1_act_scale": st.sampled_from([None, np.ones((4, 1), np.float32)]),
     "fc2_act_block_scale": st.just(np.ones((4, 3, 2), ml_dtypes.float8_e8m0fnu)),
     "fc2_scales": st.sampled_from([np.ones((4, 64, 2), dtype) for dtype in SCALE_TYPES.values()]),
+    "fc1_codebook": CODEBOOKS,
+    "fc2_codebook": CODEBOOKS,
 }
 MATMUL_CASES = st.builds(
     MatMulNBitsCase,
-    format=st.sampled_from(["int2", "int4", "int8"]),
+    format=st.sampled_from(["int2", "int4", "int8"]) | KNOWN_FORMATS,
+    block_size=st.sampled_from([16, 32, 64]),
+    scale_dtype=st.sampled_from([None, "float16", "float8e8m0"]),
+    global_scales=st.booleans(),
     n=st.sampled_from([48, 64]),
     k=st.sampled_from([96, 128]),
     zero_points=st.sampled_from(["none", "packed", "bytes", "typed"]),
@@ -230,6 +260,8 @@ def test_quant_types_and_layouts(data):
 @given(st.data())
 def test_matmul_nbits(data):
     case = data.draw(MATMUL_CASES)
+    if data.draw(st.booleans()):
+        case = case.fitted()
     tensors = data.draw(reshaped(case.tensors()))
     model = one_node_model("MatMulNBits", tensors, case.attributes(), domain="com.microsoft")
     compare(with_attributes(model, data.draw(subsets(MATMUL_ATTRIBUTES))))

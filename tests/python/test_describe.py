@@ -135,7 +135,11 @@ def test_prepacked_shapes_that_no_exporter_writes_are_refused():
         (Blank("fp8"), {"weights_layout": "k_major"}, "allowed with quant_type 'fp8' are raw"),
         (Blank("fp4"), {"weights_layout": "fpa_intb"}, "'fp4' are k_major, raw"),
         (Blank("fp4"), {"weights_layout": "k_major"}, "must have shape [4, 64, 96] if K-major"),
-        (Blank("fp4"), {"weights_prepacked": 1}, "belongs to quant_type 'int', not 'fp4'"),
+        (
+            Blank("fp4"),
+            {"weights_prepacked": 1},
+            "belongs to quant_type 'int', not quant_type 'fp4'",
+        ),
         (
             Blank(),
             {"weights_layout": "raw", "weights_prepacked": 1},
@@ -179,6 +183,12 @@ def test_projections_of_different_layout_are_refused():
         (Blank("fp8", block_size=0, float8_weights=False, bits=8), ("fp8_e4m3", "fp8_e4m3"), 0),
         (Blank("fp8", block_size=128, hidden=160, inter=80, gate="fc3"), ("fp8_e4m3",) * 2, 128),
         (Blank("fp8", block_size=64, scales="bfloat16"), ("fp8_e4m3", "fp8_e4m3"), 64),
+        (Blank("codebook4", block_size=64, inter=64), ("codebook4", "codebook4"), 64),
+        (Blank("codebook4", scales="float8e8m0", gate="fc3"), ("codebook4", "codebook4"), 32),
+        (Blank("int8", block_size=16), ("int8", "int8"), 16),  # a format's own name
+        (Blank("int8", bits=8, fc2_format="int2"), ("int8", "int2"), 32),
+        (Blank("fp4", fc2_format="codebook4"), ("mxfp4", "codebook4"), 32),
+        (Blank("wfp4afp8", fc1_format="nvfp4", fc2_format="nvfp4"), ("nvfp4", "nvfp4"), 16),
     ],
     ids=str,
 )
@@ -189,19 +199,50 @@ def test_quant_types(blank, formats, block_size):
     assert [gemm.k for gemm in gemms] == [blank.hidden, blank.inter]
 
 
+def test_each_projection_may_have_a_format_of_its_own():
+    """block_size is that of the formats which leave it open."""
+    blank = Blank("fp4", fc2_format="int8", block_size=64, inter=64)
+    assert [(g.format, g.block_size) for g in describe_model(blank.model()).gemms] == [
+        ("mxfp4", 32),
+        ("int8", 64),
+    ]
+    blank = Blank(fc1_format="codebook4", fc2_format="nvfp4", block_size=0, gate="fc3", bits=2)
+    assert [(g.format, g.block_size) for g in describe_model(blank.model()).gemms] == [
+        ("codebook4", 0),
+        ("nvfp4", 16),
+    ]
+    blank = Blank("fp4", fc2_format="nvfp4")
+    assert [g.block_size for g in describe_model(blank.model()).gemms] == [32, 16]
+
+
+def test_only_formats_of_com_microsoft_have_other_layouts():
+    for blank in (Blank("codebook4", **SQUARE), Blank("fp4", fc2_format="mxfp4", **SQUARE)):
+        assert layout_of(blank) == ({}, "")
+        assert layout_of(blank, weights_layout="raw") == ({}, "")
+    assert "allowed with fc1_format or fc2_format are raw" in refusal(
+        Blank("fp4", fc2_format="mxfp4").model(attributes={"weights_layout": "k_major"})
+    )
+
+
 @pytest.mark.parametrize(
     ("blank", "attributes", "tensors", "reason"),
     [
-        (Blank(), {"quant_type": "mxfp4"}, {}, "quant_type is 'mxfp4'; allowed are fp4, fp8, int"),
-        (Blank("fp4"), {"block_size": 16}, {}, "quant_type 'fp4' has blocks of 32"),
-        (Blank("nvfp4"), {"block_size": 32}, {}, "quant_type 'nvfp4' has blocks of 16"),
+        (Blank(), {"quant_type": "int3"}, {}, "quant_type is 'int3'; allowed are int, fp4, nvfp4"),
+        (
+            Blank(),
+            {"quant_type": "mxfp4"},
+            {},
+            "the weights are mxfp4, but fc1 scales float[4, 192",
+        ),
+        (Blank("fp4"), {"block_size": 16}, {}, "mxfp4 has blocks of 32"),
+        (Blank("nvfp4"), {"block_size": 32}, {}, "nvfp4 has blocks of 16"),
         (Blank("fp4", bits=8), {}, {}, "no format has quant_type 'fp4' and 8 bits"),
         (Blank("fp8", bits=4), {}, {}, "no format has quant_type 'fp8' and 4 bits"),
         (Blank("fp8", block_size=48), {}, {}, "block_size is 48; it must be a power of two"),
         (Blank("fp4"), {}, {"fc2_global_scale": None}, "input 16, a global scale, is missing"),
         (Blank("fp8", block_size=0), {}, {"fc1_global_scale": None}, "input 15, a global scale"),
-        (Blank("fp8"), {}, {"fc1_global_scale": f32(4)}, "is not supported for quant_type 'fp8'"),
-        (Blank(), {}, {"fc1_global_scale": f32(4)}, "is not supported for quant_type 'int'"),
+        (Blank("fp8"), {}, {"fc1_global_scale": f32(4)}, "is not supported for fp8_e4m3"),
+        (Blank(), {}, {"fc1_global_scale": f32(4)}, "is not supported for int4 weights"),
         (Blank("fp4"), {}, {"fc1_global_scale": f32(1)}, "must be float32 of shape [4]"),
         (Blank("fp4", gate="fc3"), {}, {}, "there is no input for that of fc3"),
         (Blank("fp8", gate="fc3", block_size=0), {}, {}, "there is no input for that of fc3"),
@@ -224,14 +265,46 @@ def test_quant_types(blank, formats, block_size):
         (Blank("fp8"), {}, {"fc1_scales": None}, "fc1 scales are missing"),
         (Blank("fp8"), {}, {"fc1_scales": f32(4, 192, 2)}, "must have shape [4, 6, 2]"),
         (Blank("fp8", layout="transposed"), {}, {}, "must have shape"),
-        (Blank("fp8", inter=92), {}, {}, "hidden_size 64 and inter_size 92 must be multiples of 8"),
-        (Blank("fp4", hidden=80), {}, {}, "multiples of 32, the block size"),
+        (Blank("fp8", inter=92), {}, {}, "fc2 has 92 columns; they must be a multiple of 8"),
+        (
+            Blank("fp4", hidden=80),
+            {},
+            {},
+            "80 columns; they must be a multiple of 32, the block size",
+        ),
         (Blank("fp4", zero_points=True), {}, {}, "format mxfp4 has no zero points"),
         (Blank("fp4", act_scales=1), {}, {}, "belongs to quant_type 'wfp4afp8'"),
         (Blank("wfp4afp8", act_scales=2), {}, {}, "must be float32 of shape [4] or [1]"),
         (Blank("wfp4afp8"), {}, {"fc1_act_scale": f32(1)}, "one of inputs 17 and 18"),
         (Blank("wfp4afp8"), {}, {"fc2_act_block_scale": f32(1)}, "they are found at run time"),
-        (Blank(), {}, {"fc2_scales": np.ones((4, 64, 3), np.float16)}, "must have the same type"),
+        (
+            Blank(gate="fc3"),
+            {},
+            {"fc3_scales": np.ones((4, 96, 2), np.float16)},
+            "fc1 scales float[4, 96, 2] and fc3 scales float16[4, 96, 2] must have the same type",
+        ),
+        (Blank("codebook4"), {}, {"fc2_codebook": None}, "input 22, a codebook, is missing"),
+        (Blank("codebook4"), {}, {"fc1_codebook": f32(15)}, "must be a float tensor of shape [16]"),
+        (Blank("codebook4"), {}, {"fc1_codebook": u8(16)}, "must be a float tensor of shape [16]"),
+        (Blank(), {}, {"fc1_codebook": f32(16)}, "int4 has values of its own"),
+        (Blank("codebook4", scales="uint8"), {}, {}, "must be one of float, float16, bfloat16, "),
+        (Blank("codebook4", zero_points=True), {}, {}, "format codebook4 has no zero points"),
+        (Blank("codebook4", layout="transposed"), {}, {}, "must have shape"),
+        (
+            Blank("codebook4", gate="fc3"),
+            {},
+            {"fc1_global_scale": f32(4)},
+            "fc3 and a global scale of fc1 are given",
+        ),
+        (Blank(fc1_format="int8"), {"fc1_format": "int3"}, {}, "fc1_format: format 'int3' is not"),
+        (
+            Blank(fc1_format="int8"),
+            {"fc1_expert_weight_bits": 4},
+            {},
+            "fc1_format 'int8' has 8 bits a weight, not 4",
+        ),
+        (Blank("fp4", fc2_format="nvfp4"), {"block_size": 32}, {}, "nvfp4 has blocks of 16"),
+        (Blank("fp4", fc2_format="int4"), {"weights_prepacked": 1}, {}, "not fc1_format or fc2"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -288,7 +361,7 @@ def test_accepts(case):
         ({"weights_prepacked": 2}, "weights_prepacked is 2"),
         ({"block_size": 24}, "block_size is 24; it must be a power of two"),
         ({"block_size": -1}, "block_size is -1"),
-        ({"block_size": 64}, "hidden_size 64 and inter_size 96 must be multiples of 64"),
+        ({"block_size": 64}, "fc1 scales float[4, 192, 2] must have shape [4, 192] or"),
         ({"block_size": 16}, "fc1 scales float[4, 192, 2] must have shape [4, 192, 4]"),
         ({"block_size": None}, "fc1 scales float[4, 192, 2] must have shape [4, 192]"),
         ({"accuracy_level": 5}, "accuracy_level is 5; allowed are 0 to 4"),
@@ -415,7 +488,7 @@ def test_accepts_prepacked_matmul_nbits(fmt, prepacked):
         ({"K": 128}, {}, "B uint8[48, 3, 16] must be uint8[48, 4, 16]"),
         ({"accuracy_level": -1}, {}, "accuracy_level is -1"),
         ({"transB": 1}, {}, "attribute transB is not known to MatMulNBits"),
-        ({}, {"scales": f32(48, 4)}, "scales float[48, 4] must be a float tensor of shape [48, 3]"),
+        ({}, {"scales": f32(48, 4)}, "scales float[48, 4] must have shape [48, 3]"),
         ({}, {"bias": f32(47)}, "bias float[47] must be a float tensor of shape [48]"),
         ({}, {"zero_points": u8(48, 1)}, "zero_points uint8[48, 1] must have shape"),
         ({}, {"g_idx": np.zeros(95, np.int32)}, "g_idx int32[95] must be int32[96]"),

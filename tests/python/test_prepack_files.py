@@ -303,7 +303,7 @@ def test_packing_a_node():
         ({"sm": -1}, "GPUs of sm_-1 are not supported"),
         ({"attributes": {"N": 1.5}}, "attribute N is of type 'f', but must be of type 'i'"),
         ({"attributes": {}}, "attribute K is missing"),
-        ({"inputs": [None] * 7}, "the node has 7 inputs; MatMulNBits has up to 6"),
+        ({"inputs": [None] * 9}, "the node has 9 inputs; MatMulNBits has up to 8"),
         ({"inputs": []}, "input 2 .* is missing"),
         (
             {"inputs": [None, ("uint8", [48, 3, 16], np.zeros(2303, np.uint8))]},

@@ -358,6 +358,30 @@ def test_unretarget_leaves_a_node_that_com_microsoft_cannot_express():
     assert domains(model)[OURS] == 1
 
 
+@pytest.mark.parametrize(
+    ("blank", "reason"),
+    [
+        (Blank("codebook4"), "com.microsoft has no input 21, 22 for QMoE"),
+        (Blank("int8"), "com.microsoft has no quant_type 'int8'"),
+        (Blank("fp4", fc2_format="int8"), "com.microsoft has no attribute fc2_format for QMoE"),
+    ],
+    ids=str,
+)
+def test_formats_that_com_microsoft_does_not_have_stay_in_our_domain(blank, reason):
+    model = blank.model(OURS)
+    assert not qmoe_plugin.retarget(model, sm=0).moved
+    assert qmoe_plugin.unretarget(model).kept[0].reason == reason
+    moved = blank.model(STOCK)  # somebody's mistake, but it is clear what is meant
+    assert qmoe_plugin.retarget(moved, sm=0).moved
+
+
+def test_matmul_nbits_with_a_codebook_stays_in_our_domain():
+    case = MatMulNBitsCase("codebook4", scale_dtype="float8e4m3fn", global_scales=True)
+    model = case.model(case.tensors(), OURS)
+    reason = qmoe_plugin.unretarget(model).kept[0].reason
+    assert reason == "com.microsoft has no attribute weight_format for MatMulNBits"
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 

@@ -17,55 +17,51 @@ the QMoE inputs; MatMulNBits has the same bytes with K padded to whole blocks.
 Formats with scales of a small float type have a global scale too, float32 [...]: one factor an
 expert on all of its weights. Formats with square blocks have scales float [..., ceil(N / b),
 ceil(K / b)] for block_size b, partial at the edges, and for block_size 0 a global scale only.
+Formats with a codebook take the values of their codes from the model, float [2^bits]:
+`Format.with_codebook` makes a format of such values.
 
-The numpy code here is the specification. Where ``qmoe_plugin._native`` is built, it does the same
-work faster for formats with float scales, and the tests compare the two bit by bit.
+The numpy code here and in `rounding` is the specification. Where ``qmoe_plugin._native`` is built,
+it does the same work faster for formats with float scales, and the tests compare the two bit by
+bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from qmoe_plugin.formats import packing, rounding
 from qmoe_plugin.formats import scales as small_floats
-from qmoe_plugin.formats.packing import Array, native, pack, unpack
+from qmoe_plugin.formats.packing import Array, pack, unpack
+from qmoe_plugin.formats.rounding import Quantized
 from qmoe_plugin.formats.scales import ScaleType
 
-
-@dataclass(frozen=True)
-class Quantized:
-    """A quantised matrix, or a stack of them; shapes as in the module's docstring.
-
-    `scales` is None where the global scale is all there is, `global_scale` where there is none.
-    """
-
-    codes: Array
-    scales: Array | None
-    zero_points: Array | None = None
-    global_scale: Array | None = None
+_LONGEST_NAME = 12  # what the header of packed weights has room for
 
 
 @dataclass(frozen=True)
 class Format:
     """A quantised weight format. Make one in a module of its own in this folder to add it.
 
+    It must say what its C++ header says (docs/adding-a-format.md).
+
     Attributes:
-        name: Name of the format, and of its C++ header: "int4".
+        name: Name of the format, and of its C++ header: "int4". At most 12 characters.
         bits: Bits a code: 2, 4 or 8.
         values: What each code decodes to, float64 [2^bits]; NaN for codes that are no number.
         default_zero_point: Subtracted from the decoded code when a model gives no zero points.
         zero_points: Whether a model may give zero points.
-        qmoe_attributes: Attributes of a QMoE node in this format.
-        matmul_nbits_attributes: Attributes of a MatMulNBits node in this format; None if it has no
-            such op.
+        qmoe_attributes: Attributes of a QMoE node in this format; by default it is called by name.
+        matmul_nbits_attributes: Attributes of a MatMulNBits node in this format; likewise.
         other_quant_types: Further values of quant_type with these weights.
-        scale_type: Type of the scales.
+        scale_type: Type of the scales. float8e8m0 and float8e4m3fn bring a global scale along, with
+            "any" there may be one.
         only_block_size: The one block size that the format has; None = any, and per channel.
         square_blocks: Blocks are block_size rows high, too.
+        codebook: The model gives the values; `values` are zeros until `with_codebook`.
     """
 
     name: str
@@ -73,19 +69,52 @@ class Format:
     values: Array = field(repr=False)
     default_zero_point: float
     zero_points: bool
-    qmoe_attributes: Mapping[str, int | str] = field(repr=False)
-    matmul_nbits_attributes: Mapping[str, int] | None = field(default=None, repr=False)
+    qmoe_attributes: Mapping[str, int | str] = field(default_factory=dict, repr=False)
+    matmul_nbits_attributes: Mapping[str, int | str] = field(default_factory=dict, repr=False)
     other_quant_types: tuple[str, ...] = ()
     scale_type: ScaleType = "float"
     only_block_size: int | None = None
     square_blocks: bool = False
+    codebook: bool = False
 
     def __post_init__(self) -> None:
-        """Checks that there is a value for each code."""
+        """Checks the name, and that each code has a value; fills in the default attributes."""
+        if not 0 < len(self.name) <= _LONGEST_NAME:
+            raise ValueError(f"'{self.name}' is no name: it has at most {_LONGEST_NAME} characters")
         if self.values.shape != (1 << self.bits,):
             raise ValueError(
                 f"{self.name}: values{self.values.shape} for {self.bits} bits, not {1 << self.bits}"
             )
+        if not self.qmoe_attributes:
+            by_name = {"quant_type": self.name, "expert_weight_bits": self.bits}
+            object.__setattr__(self, "qmoe_attributes", by_name)
+        if not self.matmul_nbits_attributes:
+            by_name = {"weight_format": self.name, "bits": self.bits}
+            object.__setattr__(self, "matmul_nbits_attributes", by_name)
+
+    def with_codebook(self, codebook: npt.ArrayLike) -> Format:
+        """The same format with these values of its codes.
+
+        Args:
+            codebook: [2^bits], finite, not all of them equal. float64 is rounded to float32, as a
+                node holds no float64.
+
+        Raises:
+            ValueError: If the format has values of its own, or these are no codebook.
+        """
+        if not self.codebook:
+            raise ValueError(f"{self.name} has values of its own and takes no codebook")
+        values = np.asarray(codebook)
+        if values.dtype == np.float64 or values.dtype.kind in "iu":
+            values = values.astype(np.float32)
+        values = values.astype(np.float64)
+        if values.shape != self.values.shape:
+            raise ValueError(
+                f"a codebook of {self.name} is [{len(self.values)}], given {list(values.shape)}"
+            )
+        if not np.isfinite(values).all() or np.ptp(values) == 0:
+            raise ValueError("a codebook must be finite, and its values not all equal")
+        return replace(self, values=values)
 
     @property
     def codes_per_byte(self) -> int:
@@ -108,12 +137,18 @@ class Format:
         return (n, self.groups(k, block_size)) if block_size else (n,)
 
     def has_global_scale(self, block_size: int) -> bool:
-        """Whether there is a factor for each expert."""
-        return self.scale_type != "float" or (self.square_blocks and not block_size)
+        """Whether there must be a factor for each expert."""
+        small_floats = self.scale_type in ("float8e8m0", "float8e4m3fn")
+        return small_floats or (self.square_blocks and not block_size)
+
+    @property
+    def may_have_global_scale(self) -> bool:
+        """Whether there may be a factor for each expert that need not be there."""
+        return self.scale_type == "any"
 
     def pack(self, codes: Array) -> Array:
         """Packs codes [..., K] along the last axis, lowest bits first."""
-        compiled = native()
+        compiled = packing.native()
         if compiled is None or codes.dtype != np.uint8 or codes.size == 0:
             return pack(codes, self.bits)
         rows = np.ascontiguousarray(codes).reshape(-1, codes.shape[-1])
@@ -122,7 +157,7 @@ class Format:
 
     def unpack(self, packed: Array, k: int) -> Array:
         """Undoes `pack`: uint8 [..., k]."""
-        compiled = native()
+        compiled = packing.native()
         if compiled is None or packed.dtype != np.uint8 or packed.size == 0:
             return unpack(packed, self.bits, k)
         rows = np.ascontiguousarray(packed).reshape(-1, packed.shape[-1])
@@ -157,10 +192,11 @@ class Format:
                 magnitude take the lowest code, by a negative scale if it is positive, as
                 onnxruntime's quantize_matmul_4bits does. Otherwise scales are positive and the
                 lowest integer code stays unused.
-            scale_dtype: Type of float scales. Codes are chosen for the scales as rounded to it.
+            scale_dtype: Type of scales that may have several. Codes are chosen for the scales as
+                rounded to it.
 
         Returns:
-            The packed codes, scales, zero points and global scale.
+            The packed codes, scales, zero points, global scale and codebook.
         """
         weights = np.asarray(weights)
         if weights.ndim < 2 or weights.shape[-1] == 0:
@@ -171,34 +207,16 @@ class Format:
         values = np.ascontiguousarray(weights, dtype=np.float32)
         if not np.isfinite(values).all():
             raise ValueError("weights must be finite, given some NaN or infinity")
-        if self.scale_type != "float" or self.square_blocks:
-            return self._quantize_by_magnitude(values, block_size, np.dtype(scale_dtype))
-        *lead, n, k = values.shape
-        groups = self.groups(k, block_size)
-        rows = values.reshape(-1, k)
-
-        compiled = native()
-        if (
-            compiled is not None
-            and np.dtype(scale_dtype) == np.float32
-            and (signed_scales or not symmetric)
-        ):
-            packed, scales, zeros = compiled.quantize(rows, self.name, block_size, symmetric)
-            codes = packed.reshape(*lead, n, packed.shape[-1])
-        else:
-            scales, zeros = self._choose_scales(
-                rows, block_size, symmetric, signed_scales, scale_dtype
+        if self.codebook:
+            self._require_values()
+            return rounding.by_codebook(
+                self, values, block_size, signed_scales, np.dtype(scale_dtype)
             )
-            codes = pack(self._nearest_codes(rows, block_size, scales, zeros), self.bits)
-            codes = codes.reshape(*lead, n, codes.shape[-1])
-
-        if not block_size:
-            scales = scales.reshape(*lead, n)
-            zero_points = None if symmetric else pack(zeros.reshape(*lead, n), self.bits)
-        else:
-            scales = scales.reshape(*lead, n, groups)
-            zero_points = None if symmetric else pack(zeros.reshape(*lead, n, groups), self.bits)
-        return Quantized(codes, scales.astype(scale_dtype), zero_points)
+        if self.scale_type != "float" or self.square_blocks:
+            return rounding.by_magnitude(self, values, block_size, np.dtype(scale_dtype))
+        return rounding.by_range(
+            self, values, block_size, symmetric, signed_scales, np.dtype(scale_dtype)
+        )
 
     def dequantize(
         self,
@@ -225,6 +243,7 @@ class Format:
         Returns:
             float64 [..., N, k].
         """
+        self._require_values()
         weights = self.values[unpack(codes.view(np.uint8), self.bits, k)]
         if zero_points is None:
             weights -= self.default_zero_point
@@ -260,113 +279,9 @@ class Format:
             return np.repeat(per_block[..., None], k, axis=-1)
         return np.repeat(per_block, block_size, axis=-1)[..., :k]
 
-    def _quantize_by_magnitude(
-        self, weights: Array, block_size: int, scale_dtype: np.dtype[Any]
-    ) -> Quantized:
-        """The quantised float32 weights, of a format whose scales follow the largest magnitudes."""
-        *lead, n, k = weights.shape
-        top = np.float32(np.nanmax(self.values))
-        largest = np.abs(weights).max(axis=(-2, -1))  # of each expert, [...]
-        global_scale = np.ones(tuple(lead), dtype=np.float32)
-        if self.square_blocks and not block_size:
-            global_scale = np.where(largest > 0, largest / top, np.float32(1))
-            per_code = np.broadcast_to(global_scale[..., None, None], weights.shape)
-            codes = pack(self._nearest(weights, per_code), self.bits)
-            return Quantized(codes, None, None, global_scale)
-
-        height = block_size if self.square_blocks else 1
-        magnitude = _largest_of_blocks(np.abs(weights), height, block_size)
-        if self.scale_type == "float8e8m0":
-            steps = np.sort(self.values)
-            scales = small_floats.e8m0_covering(magnitude, 1.5 * steps[-1] - 0.5 * steps[-2])
-        elif self.scale_type == "float8e4m3fn":
-            spread = np.float32(small_floats.E4M3_MAX) * top
-            global_scale = np.where(largest > 0, largest / spread, np.float32(1))
-            scales = small_floats.round_to_e4m3(magnitude / top / global_scale[..., None, None])
-        else:
-            scales = (magnitude / top).astype(scale_dtype)
-        decoded = small_floats.decode_scales(scales, self.scale_type).astype(np.float32)
-        per_code = decoded * global_scale[..., None, None]
-        per_code = np.repeat(np.repeat(per_code, height, axis=-2), block_size, axis=-1)
-        codes = pack(self._nearest(weights, per_code[..., :n, :k]), self.bits)
-        has_global = self.has_global_scale(block_size)
-        return Quantized(codes, scales, None, global_scale if has_global else None)
-
-    def _choose_scales(
-        self,
-        rows: Array,
-        block_size: int,
-        symmetric: bool,
-        signed_scales: bool,
-        scale_dtype: npt.DTypeLike,
-    ) -> tuple[Array, Array]:
-        """Scales float32 [R, G], rounded to scale_dtype, and zero points uint8 [R, G] of [R, K]."""
-        k = rows.shape[-1]
-        groups = self.groups(k, block_size)
-        padded = np.zeros((rows.shape[0], groups * (block_size or k)), dtype=np.float32)
-        padded[:, :k] = rows  # the padding never wins: every range below holds 0
-        blocks = padded.reshape(rows.shape[0], groups, -1)
-        lowest, highest = blocks.min(axis=-1), blocks.max(axis=-1)
-        centered = self.values[np.isfinite(self.values)] - self.default_zero_point
-        default_zero = np.full(lowest.shape, int(self.default_zero_point), dtype=np.uint8)
-        if symmetric:
-            magnitude = np.maximum(-lowest, highest)
-            if signed_scales and -centered.min() > centered.max():
-                # The earlier of -x and +x decides a tie, as in onnxruntime.
-                first = np.take_along_axis(
-                    blocks, np.argmax(np.abs(blocks), axis=-1)[..., None], axis=-1
-                )
-                scales = first[..., 0] / np.float32(centered.min())
-            else:
-                scales = magnitude / np.float32(centered.max())
-            return _rounded(scales, scale_dtype), default_zero
-        lowest, highest = np.minimum(lowest, 0), np.maximum(highest, 0)
-        levels = np.float32((1 << self.bits) - 1)
-        scales = _rounded((highest - lowest) / levels, scale_dtype)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            zeros = np.where(scales != 0, np.rint(-lowest / scales), np.float32(0))
-        return scales, np.clip(zeros, 0, levels).astype(np.uint8)
-
-    def _nearest_codes(self, rows: Array, block_size: int, scales: Array, zeros: Array) -> Array:
-        """The code nearest to each weight, uint8 [R, K]; that of 0 where the scale is 0."""
-        k = rows.shape[-1]
-        repeats = block_size or k
-        scale = np.repeat(scales, repeats, axis=-1)[:, :k]
-        zero = np.repeat(zeros, repeats, axis=-1)[:, :k].astype(np.float32)
-        return self._nearest(rows, scale, zero if self._is_integer() else None)
-
-    def _nearest(self, weights: Array, scales: Array, zeros: Array | None = None) -> Array:
-        """The code nearest to each weight, all three of one shape; that of 0 where the scale is."""
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            wanted = np.where(scales != 0, weights / scales, np.float32(0))
-        return self._encode(wanted if zeros is None else wanted + zeros)
-
-    def _is_integer(self) -> bool:
-        """Whether codes decode to themselves, so that a zero point is a code too."""
-        return bool(np.array_equal(self.values, np.arange(1 << self.bits)))
-
-    def _encode(self, wanted: Array) -> Array:
-        """The code whose value is nearest to each wanted one; of two equally near, the even."""
-        if self._is_integer():
-            return np.clip(np.rint(wanted), 0, (1 << self.bits) - 1).astype(np.uint8)
-        ordered, order = np.unique(self.values, return_index=True)  # equal values: the first code
-        ordered = ordered[np.isfinite(ordered)]
-        right = np.clip(np.searchsorted(ordered, wanted), 1, len(ordered) - 1)
-        below, above = wanted - ordered[right - 1], ordered[right] - wanted
-        take_right = (above < below) | ((above == below) & (order[right] % 2 == 0))
-        return order[np.where(take_right, right, right - 1)].astype(np.uint8)
-
-
-def _largest_of_blocks(magnitudes: Array, height: int, width: int) -> Array:
-    """The largest of each block of a matrix [..., N, K], partial ones too: [..., N / h, K / w]."""
-    *lead, n, k = magnitudes.shape
-    rows, columns = -(-n // height), -(-k // width)
-    padded = np.zeros((*lead, rows * height, columns * width), dtype=magnitudes.dtype)
-    padded[..., :n, :k] = magnitudes
-    blocks: Array = padded.reshape(*lead, rows, height, columns, width).max(axis=(-3, -1))
-    return blocks
-
-
-def _rounded(values: Array, dtype: npt.DTypeLike) -> Array:
-    """Rounds to `dtype` and back to float32."""
-    return values.astype(dtype).astype(np.float32)
+    def _require_values(self) -> None:
+        if self.codebook and not self.values.any():
+            raise ValueError(
+                f"{self.name} has no values of its own, the model gives them: take "
+                "with_codebook(values) first"
+            )

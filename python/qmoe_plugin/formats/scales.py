@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-ScaleType = Literal["float", "float8e8m0", "float8e4m3fn"]
-"""Types of scales: any of float32, float16 and bfloat16, or that one."""
+ScaleType = Literal["float", "float8e8m0", "float8e4m3fn", "any"]
+"""Types of scales: any of float32, float16 and bfloat16; that one; any of all of these."""
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -25,6 +25,13 @@ E2M1_VALUES: npt.NDArray[np.float64] = np.array(
 )
 E4M3_VALUES: npt.NDArray[np.float64] = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float64)
 E4M3_MAX = 448.0
+
+
+def scale_type_of(dtype: np.dtype[Any]) -> ScaleType:
+    """The kind of scales that are stored as this type."""
+    if dtype == E8M0:
+        return "float8e8m0"
+    return "float8e4m3fn" if dtype == E4M3 else "float"
 
 
 def decode_scales(scales: Array, scale_type: ScaleType) -> npt.NDArray[np.float64]:

@@ -158,6 +158,13 @@ def known_attributes(node: ir.Node, known: Iterable[str]) -> None:
         )
 
 
+def known_inputs(node: ir.Node, count: int) -> None:
+    """Refuses a node with more inputs than these."""
+    for index in range(count, len(node.inputs)):
+        if given(node, index):
+            raise UnsupportedError(f"input {index} is given, but the op has {count}")
+
+
 def activation_dtype(node: ir.Node, *others: Constant | None) -> str:
     """Type of the activations.
 

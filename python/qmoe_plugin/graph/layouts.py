@@ -3,7 +3,7 @@
 ==========  ===========================  ========================================================
 layout      shape                        of
 ==========  ===========================  ========================================================
-raw         [E, N, K * bits / 8]         any quant_type
+raw         [E, N, K * bits / 8]         any format; the only one that com.microsoft lacks
 fpa_intb    [E, K, N * bits / 8]         "int" of 4 and 8 bits, prepacked for stock CUDA kernels
 k_major     [E, K, N * bits / 8]         the 4-bit floats, as stock CUDA kernels want them
 ==========  ===========================  ========================================================
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qmoe_plugin.graph.describe import UnsupportedError
+from qmoe_plugin.graph.formats import QMoEFormats
 from qmoe_plugin.graph.inputs import integer, string
 from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE
 from qmoe_plugin.graph.projections import Projection
-from qmoe_plugin.graph.scales import ScalePlan
 
 NAMES = {
     "raw": "raw",
@@ -48,7 +48,7 @@ class LayoutDecision:
 
 
 def decide_layout(
-    node: ir.Node, plan: ScalePlan, projections: Sequence[Projection]
+    node: ir.Node, formats: QMoEFormats, projections: Sequence[Projection]
 ) -> LayoutDecision:
     """Decides by attributes, then by the shapes of all projections, then by custom.
 
@@ -56,26 +56,26 @@ def decide_layout(
         UnsupportedError: For attributes that contradict each other, and weights that no layout
             fits.
     """
-    stated = _stated(node, plan)
+    stated = _stated(node, formats)
     refusals = {layout: _refusal(layout, projections) for layout in stated}
     fitting = [layout for layout in stated if not refusals[layout]]
     if not fitting:
-        said = "" if len(stated) == len(_allowed(plan)) else ", as the node's attributes say"
+        said = "" if len(stated) == len(formats.layouts) else ", as the node's attributes say"
         raise UnsupportedError(". Or: ".join(refusals.values()) + said)
     layout = fitting[0]
     if len(fitting) == 1:
-        return LayoutDecision(layout, _attributes(layout, plan))
+        return LayoutDecision(layout, _attributes(layout, formats))
     right, wrong = (
         f"{attribute}={value}"
         for name in fitting
-        for attribute, value in _attributes(name, plan).items()
+        for attribute, value in _attributes(name, formats).items()
     )
     warning = (
         f"the node does not say whether its weights are {NAMES[layout]} or {NAMES[fitting[1]]}, "
         f"and both have the same shapes; they are read as {NAMES[layout]}. Write {right} if that "
         f"is right, and {wrong} if it is not"
     )
-    return LayoutDecision(layout, _attributes(layout, plan), warning)
+    return LayoutDecision(layout, _attributes(layout, formats), warning)
 
 
 def refuse_layout(layout: str, n: int, k: int, bits: int) -> str:
@@ -92,38 +92,30 @@ def refuse_layout(layout: str, n: int, k: int, bits: int) -> str:
     return ""
 
 
-def _allowed(plan: ScalePlan) -> tuple[str, ...]:
-    """The layouts that weights of this type may have; the customary one first."""
-    if plan.is_integer:
-        return ("raw", "fpa_intb")
-    return ("raw",) if plan.format.square_blocks else ("k_major", "raw")
-
-
-def _attributes(layout: str, plan: ScalePlan) -> dict[str, int | str]:
-    if plan.is_integer:
+def _attributes(layout: str, formats: QMoEFormats) -> dict[str, int | str]:
+    if formats.is_integer:
         return {"weights_prepacked": int(layout == "fpa_intb")}
-    return {} if plan.format.square_blocks else {LAYOUT_ATTRIBUTE: layout}
+    return {LAYOUT_ATTRIBUTE: layout} if len(formats.layouts) > 1 else {}
 
 
-def _stated(node: ir.Node, plan: ScalePlan) -> tuple[str, ...]:
+def _stated(node: ir.Node, formats: QMoEFormats) -> tuple[str, ...]:
     """What the attributes leave of the allowed layouts."""
-    allowed = _allowed(plan)
+    allowed = formats.layouts
     prepacked = integer(node, "weights_prepacked", -1)
     name = string(node, LAYOUT_ATTRIBUTE, "")
     if prepacked not in (-1, 0, 1):
         raise UnsupportedError(f"weights_prepacked is {prepacked}; allowed are -1, 0 and 1")
-    if prepacked == 1 and not plan.is_integer:
+    if prepacked == 1 and not formats.is_integer:
         raise UnsupportedError(
-            f"weights_prepacked is 1, which belongs to quant_type 'int', not '{plan.quant_type}'"
+            f"weights_prepacked is 1, which belongs to quant_type 'int', not {formats.says}"
         )
-    says = prepacked >= 0 and plan.is_integer
+    says = prepacked >= 0 and formats.is_integer
     said = "fpa_intb" if prepacked == 1 else "raw"
     if not name:
         return (said,) if says else allowed
     if name not in allowed:
         raise UnsupportedError(
-            f"{LAYOUT_ATTRIBUTE} is '{name}'; allowed with quant_type '{plan.quant_type}' are "
-            + ", ".join(allowed)
+            f"{LAYOUT_ATTRIBUTE} is '{name}'; allowed with {formats.says} are " + ", ".join(allowed)
         )
     if says and said != name:
         raise UnsupportedError(
@@ -136,7 +128,7 @@ def _refusal(layout: str, projections: Sequence[Projection]) -> str:
     """Why these weights cannot be laid out so; "" if they can."""
     for p in projections:
         rows, columns = (p.n, p.k) if layout == "raw" else (p.k, p.n)
-        codes, bits = p.tensors.codes, p.tensors.format.bits
+        codes, bits = p.tensors.codes, p.tensors.plan.format.bits
         wanted = (p.experts, rows, columns * bits // 8)
         if codes.shape != wanted:
             return f"{codes} must have shape {list(wanted)} if {NAMES[layout]}"

@@ -8,14 +8,17 @@ import onnx_ir as ir
 
 from qmoe_plugin import formats
 from qmoe_plugin.graph.describe import Description, UnsupportedError
+from qmoe_plugin.graph.formats import find_format, named_format
 from qmoe_plugin.graph.inputs import (
     FLOATS,
     Constant,
     accuracy_level,
     activation_dtype,
     constant,
+    has,
     integer,
     known_attributes,
+    known_inputs,
     required,
     string,
 )
@@ -27,8 +30,13 @@ from qmoe_plugin.graph.packed import (
     refuse_other_inputs,
     refuse_stock_layout,
 )
-from qmoe_plugin.graph.projections import check_zero_points
-from qmoe_plugin.graph.scales import check_block_size, find_format
+from qmoe_plugin.graph.projections import check_code_type, check_zero_points
+from qmoe_plugin.graph.scales import (
+    check_block_size,
+    check_codebook,
+    check_global_scale,
+    check_scale_type,
+)
 from qmoe_plugin.kernels import Problem
 
 STOCK_ATTRIBUTES = ("K", "N", "accuracy_level", "bits", "block_size", "weight_prepacked")
@@ -37,6 +45,11 @@ STOCK_ATTRIBUTES = ("K", "N", "accuracy_level", "bits", "block_size", "weight_pr
 STOCK_INPUTS = ("A", "B", "scales", "zero_points", "g_idx", "bias")
 """Its inputs there."""
 
+FORMAT_ATTRIBUTE = "weight_format"
+"""An attribute of ours that com.microsoft does not have: the name of a format."""
+
+_INPUTS = (*STOCK_INPUTS, "codebook", "global_scale")
+
 
 def describe_matmul_nbits(node: ir.Node) -> Description:
     """Describes a MatMulNBits node.
@@ -44,12 +57,17 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our op cannot run it.
     """
-    known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE))
+    known_attributes(node, (*STOCK_ATTRIBUTES, FORMAT_ATTRIBUTE, LAYOUT_ATTRIBUTE))
+    known_inputs(node, len(_INPUTS))
     n, k, block_size = (integer(node, name, 0) for name in ("N", "K", "block_size"))
     if n < 1 or k < 1:
         raise UnsupportedError(f"N is {n} and K is {k}; both must be given and positive")
+    fmt = _format(node)
     check_block_size(block_size)
-    fmt = find_format("int", integer(node, "bits", 4))
+    if fmt.only_block_size not in (None, block_size):
+        raise UnsupportedError(
+            f"block_size is {block_size}; {fmt.name} has blocks of {fmt.only_block_size}"
+        )
     if is_packed(node):
         return _describe_packed(node, fmt, n, k, block_size)
     if string(node, LAYOUT_ATTRIBUTE, ""):
@@ -58,17 +76,22 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
         )
     _check_layout(integer(node, "weight_prepacked", 0), n, k, fmt.bits, block_size)
     groups = fmt.groups(k, block_size)
-    codes, scales = required(node, 1, "B"), _by_row(required(node, 2, "scales"), n)
+    scale_rows = -(-n // block_size) if fmt.square_blocks else n
+    codes, scales = required(node, 1, "B"), _by_row(required(node, 2, "scales"), scale_rows)
     zero_points, bias = constant(node, 3, "zero_points"), constant(node, 5, "bias")
     group_index = constant(node, 4, "g_idx")
 
     expected = (n, groups, block_size * fmt.bits // 8)
-    if codes.dtype is not ir.DataType.UINT8 or codes.shape != expected:
+    check_code_type(codes, fmt)
+    if codes.shape != expected:
         raise UnsupportedError(
             f"{codes} must be uint8{list(expected)} = [N, blocks, block_size * bits / 8]"
         )
-    if scales.dtype not in FLOATS or scales.shape != (n, groups):
-        raise UnsupportedError(f"{scales} must be a float tensor of shape {[n, groups]}")
+    check_scale_type(fmt, scales)
+    if scales.shape != (scale_rows, groups):
+        raise UnsupportedError(f"{scales} must have shape {[scale_rows, groups]}")
+    check_codebook(node, _INPUTS.index("codebook"), fmt)
+    check_global_scale(node, _INPUTS.index("global_scale"), fmt, block_size, 1)
     if zero_points is not None:
         check_zero_points(_by_row(zero_points, n), fmt, (n, groups), block_size)
     if group_index is not None and (
@@ -111,6 +134,21 @@ def _describe_packed(
         accuracy_level=accuracy_level(node),
     )
     return Description((gemm,), packed=(weights,))
+
+
+def _format(node: ir.Node) -> formats.Format:
+    """The format that weight_format names, or the integer one of so many bits."""
+    bits = integer(node, "bits", 0) if has(node, "bits") else None
+    named = named_format(node, FORMAT_ATTRIBUTE, bits)
+    if named is None:
+        return find_format("int", bits)
+    prepacked = integer(node, "weight_prepacked", 0)
+    if prepacked:
+        raise UnsupportedError(
+            f"weight_prepacked is {prepacked}, which belongs to the integers that bits says, not "
+            f"to {FORMAT_ATTRIBUTE} '{named.name}'"
+        )
+    return named
 
 
 _LAYOUTS = ("raw", "fpa_intb", "fpa_intb90")  # by weight_prepacked

@@ -21,15 +21,15 @@ class Tensors:
 
     Attributes:
         name: "fc1", "fc2" or "fc3".
-        format: Weight format.
+        plan: Its scales, and its format.
         codes: [E, N, K * bits / 8], or [E, K, N * bits / 8] in other layouts than raw.
-        scales: As quant_type has them; None if there is a factor an expert only.
+        scales: As the format has them; None if there is a factor an expert only.
         zero_points: Optional.
         bias: Optional, [E, N].
     """
 
     name: str
-    format: formats.Format
+    plan: ScalePlan
     codes: Constant
     scales: Constant | None
     zero_points: Constant | None
@@ -45,22 +45,35 @@ class Projection:
     n: int
     k: int
 
-    def check(self, plan: ScalePlan) -> None:
+    def check(self) -> None:
         """Refuses tensors that do not fit together."""
-        t = self.tensors
+        t, plan, fmt = self.tensors, self.tensors.plan, self.tensors.plan.format
+        check_columns(t.name, self.k, plan)
         if t.scales is not None:
             shape = plan.shape(self.experts, self.n, self.k)
             _require_shape(t.scales, float_shapes(shape), "[experts, rows, blocks]")
-        is_float8 = plan.format.square_blocks and t.codes.dtype is ir.DataType.FLOAT8E4M3FN
-        if t.codes.dtype is not ir.DataType.UINT8 and not is_float8:
-            raise UnsupportedError(f"{t.codes} must be uint8 for format {t.format.name}")
+        check_code_type(t.codes, fmt)
         if t.bias is not None:
             _require_shape(t.bias, {(self.experts, self.n)}, "[experts, rows]")
         if t.zero_points is not None:
-            groups = t.format.groups(self.k, plan.block_size)
-            check_zero_points(
-                t.zero_points, t.format, (self.experts, self.n, groups), plan.block_size
-            )
+            groups = fmt.groups(self.k, plan.block_size)
+            check_zero_points(t.zero_points, fmt, (self.experts, self.n, groups), plan.block_size)
+
+
+def check_columns(name: str, k: int, plan: ScalePlan) -> None:
+    """Refuses a row that does not end with a block."""
+    if k % 8 or k % plan.unit:
+        raise UnsupportedError(
+            f"{name} has {k} columns; they must be a multiple of {plan.unit}"
+            + ("" if plan.unit == 8 else ", the block size")
+        )
+
+
+def check_code_type(codes: Constant, fmt: formats.Format) -> None:
+    """Refuses codes that are no bytes; e4m3 ones may be called what they are."""
+    is_float8 = fmt.name == "fp8_e4m3" and codes.dtype is ir.DataType.FLOAT8E4M3FN
+    if codes.dtype is not ir.DataType.UINT8 and not is_float8:
+        raise UnsupportedError(f"{codes} must be uint8 for format {fmt.name}")
 
 
 def packed_size(codes: int, fmt: formats.Format) -> int:
@@ -103,15 +116,12 @@ def _require_shape(tensor: Constant, allowed: set[Shape], meaning: str) -> None:
         raise UnsupportedError(f"{tensor} must have shape {shapes} ({meaning})")
 
 
-def read_tensors(
-    node: ir.Node, name: str, fmt: formats.Format, plan: ScalePlan, indices: Sequence[int]
-) -> Tensors:
+def read_tensors(node: ir.Node, name: str, plan: ScalePlan, indices: Sequence[int]) -> Tensors:
     """Reads the tensors of a projection.
 
     Args:
         node: The QMoE node.
         name: "fc1", "fc2" or "fc3".
-        fmt: Weight format.
         plan: What scales there must be.
         indices: Input numbers of weights, scales, bias and zero points.
     """
@@ -124,4 +134,4 @@ def read_tensors(
     zero_points = constant(node, indices[3], f"{name} zero points")
     if len(codes.shape) != 3 or 0 in codes.shape:
         raise UnsupportedError(f"{codes} must have three dimensions, none of them 0")
-    return Tensors(name, fmt, codes, scales, zero_points, bias)
+    return Tensors(name, plan, codes, scales, zero_points, bias)

@@ -8,14 +8,15 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from qmoe_plugin import formats
 from qmoe_plugin.graph.describe import Description, UnsupportedError
+from qmoe_plugin.graph.formats import FORMAT_ATTRIBUTES, find_formats
 from qmoe_plugin.graph.inputs import (
     accuracy_level,
     activation_dtype,
     given,
     integer,
     known_attributes,
+    known_inputs,
     real,
     string,
 )
@@ -27,13 +28,13 @@ from qmoe_plugin.graph.packed import (
     refuse_other_inputs,
     refuse_stock_layout,
 )
-from qmoe_plugin.graph.projections import Projection, Tensors, read_tensors
+from qmoe_plugin.graph.projections import Projection, Tensors, check_columns, read_tensors
 from qmoe_plugin.graph.scales import (
+    CODEBOOKS,
     ScalePlan,
     check_act_scales,
     check_global_scales,
     plan_scales,
-    weight_format,
 )
 from qmoe_plugin.kernels import Problem
 
@@ -82,6 +83,9 @@ STOCK_INPUTS = (
 )
 """Its inputs there."""
 
+INPUTS = (*STOCK_INPUTS, *(f"{name}_codebook" for name in CODEBOOKS))
+"""The inputs of ours."""
+
 _ACTIVATIONS = ("identity", "relu", "gelu", "silu", "swiglu", "geglu")
 _GATED = ("swiglu", "geglu")
 
@@ -99,30 +103,29 @@ def describe_qmoe(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our op cannot run it.
     """
-    known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE))
-    for index in range(len(STOCK_INPUTS), len(node.inputs)):
-        if given(node, index):
-            raise UnsupportedError(f"input {index} is given, but the op has {len(STOCK_INPUTS)}")
+    known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE, *FORMAT_ATTRIBUTES))
+    known_inputs(node, len(INPUTS))
     has_fc3 = _has_fc3(node)
     activation = _activation(node, has_fc3)
-    plan = plan_scales(node, has_fc3=has_fc3)
+    node_formats = find_formats(node)
+    plans = plan_scales(node, node_formats, has_fc3=has_fc3)
     if is_packed(node):
-        return _describe_packed(node, plan, activation)
-    projections = _projections(node, plan, fused=activation in _GATED and not has_fc3)
+        return _describe_packed(node, plans, activation)
+    projections = _projections(node, plans, fused=activation in _GATED and not has_fc3)
     fc1, fc2 = projections[:2]
-    check_global_scales(node, plan, fc1.experts)
+    check_global_scales(node, plans, fc1.experts)
     check_act_scales(node, fc1.experts)
-    layout = decide_layout(node, plan, projections)
-    _check_sizes(fc1.k, fc2.k, plan)
+    layout = decide_layout(node, node_formats, projections)
     for p in projections:
-        p.check(plan)
+        p.check()
 
     dtype = activation_dtype(node, fc1.tensors.bias, fc2.tensors.bias, fc1.tensors.scales)
-    problem = _problem(node, fc1.experts, plan, dtype)
+    problem = _problem(node, fc1.experts, dtype)
     gemms = (
         problem(
             stage="fc1",
-            format=fc1.tensors.format.name,
+            format=fc1.tensors.plan.format.name,
+            block_size=fc1.tensors.plan.block_size,
             n=2 * fc1.n if has_fc3 else fc1.n,
             k=fc1.k,
             activation=activation,
@@ -130,7 +133,8 @@ def describe_qmoe(node: ir.Node) -> Description:
         ),
         problem(
             stage="fc2",
-            format=fc2.tensors.format.name,
+            format=fc2.tensors.plan.format.name,
+            block_size=fc2.tensors.plan.block_size,
             n=fc2.n,
             k=fc2.k,
             zero_points=fc2.tensors.zero_points is not None,
@@ -139,25 +143,26 @@ def describe_qmoe(node: ir.Node) -> Description:
     return Description(gemms, layout.attributes, layout.warning)
 
 
-def _describe_packed(node: ir.Node, plan: ScalePlan, activation: str) -> Description:
+def _describe_packed(node: ir.Node, plans: dict[str, ScalePlan], activation: str) -> Description:
     """Describes a node that `qmoe_plugin.prepack` packed."""
     refuse_other_inputs(node, _BESIDE_PACKED)
     refuse_stock_layout(node, "weights_prepacked", -1)
-    fmt = _formats(node, plan)
     fc1, fc2 = (
-        read_packed(node, _INPUTS[name][0], name, fmt[name], plan.block_size)
+        read_packed(node, _INPUTS[name][0], name, plans[name].format, plans[name].block_size)
         for name in ("fc1", "fc2")
     )
     gated, scaled = activation in _GATED, given(node, _FC1_ACT_SCALE)
     fc1.check_matrix(fc1.experts, fc2.k * (2 if gated else 1), fc1.k, gated=gated, scaled=scaled)
     fc2.check_matrix(fc1.experts, fc1.k, fc2.k, gated=False, scaled=scaled)
     check_act_scales(node, fc1.experts)
-    _check_sizes(fc1.k, fc2.k, plan)
-    problem = _problem(node, fc1.experts, plan, activation_dtype(node))
+    for p in (fc1, fc2):
+        check_columns(p.name, p.k, plans[p.name])
+    problem = _problem(node, fc1.experts, activation_dtype(node))
     gemms = tuple(
         problem(
             stage=p.name,
             format=p.format,
+            block_size=p.block_size,
             n=p.rows,
             k=p.k,
             activation=activation if p is fc1 else "identity",
@@ -168,14 +173,13 @@ def _describe_packed(node: ir.Node, plan: ScalePlan, activation: str) -> Descrip
     return Description(gemms, packed=(fc1, fc2))
 
 
-def _problem(node: ir.Node, experts: int, plan: ScalePlan, dtype: str) -> Callable[..., Problem]:
+def _problem(node: ir.Node, experts: int, dtype: str) -> Callable[..., Problem]:
     """Makes a problem of what its matrix is and of what all matrices of the node share."""
     return functools.partial(
         Problem,
         rows=_topk(node, experts),
         dtype=dtype,
         experts=experts,
-        block_size=plan.block_size,
         accuracy_level=accuracy_level(node),
     )
 
@@ -187,18 +191,18 @@ def _has_fc3(node: ir.Node) -> bool:
     return has_fc3
 
 
-def _projections(node: ir.Node, plan: ScalePlan, *, fused: bool) -> list[Projection]:
+def _projections(node: ir.Node, plans: dict[str, ScalePlan], *, fused: bool) -> list[Projection]:
     """fc1, fc2 and perhaps fc3, with the sizes that fc1 and fc2 imply.
 
     Args:
         node: The node.
-        plan: Its scales.
+        plans: Its scales.
         fused: Whether fc1 holds gates and ups.
     """
-    tensors = _tensors(node, plan)
+    tensors = _tensors(node, plans)
     # Scales of rows say E and N whatever the layout of the weights; without them weights are raw.
     leading = {
-        name: t.codes if plan.format.square_blocks or t.scales is None else t.scales
+        name: t.codes if t.plan.format.square_blocks or t.scales is None else t.scales
         for name, t in tensors.items()
     }
     experts, fc1_rows = leading["fc1"].shape[:2]
@@ -214,36 +218,14 @@ def _projections(node: ir.Node, plan: ScalePlan, *, fused: bool) -> list[Project
     return [Projection(t, experts, *sizes[name]) for name, t in tensors.items()]
 
 
-def _tensors(node: ir.Node, plan: ScalePlan) -> dict[str, Tensors]:
-    fmt = _formats(node, plan)
+def _tensors(node: ir.Node, plans: dict[str, ScalePlan]) -> dict[str, Tensors]:
     names = [name for name, indices in _INPUTS.items() if name != "fc3" or given(node, indices[0])]
-    tensors = {name: read_tensors(node, name, fmt[name], plan, _INPUTS[name]) for name in names}
-    scales = [t.scales for t in tensors.values() if t.scales is not None]
-    for other in scales[1:]:
-        if other.dtype is not scales[0].dtype:
-            raise UnsupportedError(f"{scales[0]} and {other} must have the same type")
+    tensors = {name: read_tensors(node, name, plans[name], _INPUTS[name]) for name in names}
+    if "fc3" in tensors:
+        fc1, fc3 = tensors["fc1"].scales, tensors["fc3"].scales
+        if fc1 is not None and fc3 is not None and fc1.dtype is not fc3.dtype:
+            raise UnsupportedError(f"{fc1} and {fc3} must have the same type")
     return tensors
-
-
-def _formats(node: ir.Node, plan: ScalePlan) -> dict[str, formats.Format]:
-    bits = weight_format(plan, node, "expert_weight_bits").bits
-    fc1 = weight_format(plan, node, "fc1_expert_weight_bits", bits)
-    fc2 = weight_format(plan, node, "fc2_expert_weight_bits", bits)
-    fc3 = weight_format(plan, node, "fc3_expert_weight_bits", fc1.bits)
-    if fc3 is not fc1:
-        raise UnsupportedError(
-            f"fc3 has {fc3.bits} bits and fc1 {fc1.bits}; gates and ups must have the same"
-        )
-    return {"fc1": fc1, "fc2": fc2, "fc3": fc3}
-
-
-def _check_sizes(hidden_size: int, inter_size: int, plan: ScalePlan) -> None:
-    unit = 8 if plan.partial_blocks else plan.block_size
-    if hidden_size % unit or inter_size % unit:
-        raise UnsupportedError(
-            f"hidden_size {hidden_size} and inter_size {inter_size} must be multiples of {unit}"
-            + ("" if plan.partial_blocks else ", the block size")
-        )
 
 
 def _activation(node: ir.Node, has_fc3: bool) -> str:

@@ -13,6 +13,8 @@ from qmoe_plugin.devices import Target, target
 from qmoe_plugin.graph import matmul_nbits, qmoe
 from qmoe_plugin.graph.apply import apply
 from qmoe_plugin.graph.describe import STOCK_DOMAIN, Description, UnsupportedError, describe
+from qmoe_plugin.graph.formats import STOCK_QUANT_TYPES
+from qmoe_plugin.graph.inputs import given, string
 from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE, PACKED
 from qmoe_plugin.graph.walk import bodies, label
 from qmoe_plugin.kernels import ask
@@ -33,6 +35,7 @@ STOCK_ATTRIBUTES = {
     "QMoE": frozenset(qmoe.STOCK_ATTRIBUTES),
     "MatMulNBits": frozenset(matmul_nbits.STOCK_ATTRIBUTES),
 }
+STOCK_INPUTS = {"QMoE": qmoe.STOCK_INPUTS, "MatMulNBits": matmul_nbits.STOCK_INPUTS}
 
 Model = ir.Model | onnx.ModelProto
 Path = str | os.PathLike[str]
@@ -218,8 +221,8 @@ class Unretarget(ChangeDomain):
     """The pass behind `unretarget`.
 
     A QMoE or MatMulNBits node of our domain is moved to com.microsoft if the op there has all its
-    attributes, and its weights were not packed by `qmoe_plugin.prepack`. Attributes that `retarget`
-    wrote get back their former value.
+    attributes and inputs, and its quant_type, and if its weights were not packed by
+    `qmoe_plugin.prepack`. Attributes that `retarget` wrote get back their former value.
     """
 
     source = DOMAIN
@@ -238,6 +241,12 @@ class Unretarget(ChangeDomain):
         unknown = sorted(set(node.attributes) - STOCK_ATTRIBUTES[node.op_type] - written)
         if unknown:
             return f"com.microsoft has no attribute {', '.join(unknown)} for {node.op_type}"
+        known = len(STOCK_INPUTS[node.op_type])
+        beyond = [str(i) for i in range(known, len(node.inputs)) if given(node, i)]
+        if beyond:
+            return f"com.microsoft has no input {', '.join(beyond)} for {node.op_type}"
+        if node.op_type == "QMoE" and string(node, "quant_type", "int") not in STOCK_QUANT_TYPES:
+            return f"com.microsoft has no quant_type '{string(node, 'quant_type', '')}'"
         return ""
 
     def move(self, node: ir.Node) -> tuple[tuple[KernelChoice, ...], str]:

@@ -1,4 +1,4 @@
-"""What quant_type says of a QMoE node's weights: their format, and the scales that come with them.
+"""The scales of a node: of each projection what its format has, and those of activations.
 
 The rules are those of ops/ort/qmoe_scales.h.
 """
@@ -11,11 +11,15 @@ import onnx_ir as ir
 
 from qmoe_plugin import formats
 from qmoe_plugin.graph.describe import UnsupportedError
+from qmoe_plugin.graph.formats import QMoEFormats
 from qmoe_plugin.graph.inputs import FLOATS, Constant, constant, given, has, integer, string
 from qmoe_plugin.library import runtime, runtime_minor
 
 GLOBAL_SCALES = {"fc1": 15, "fc2": 16}
 """Input numbers of the factors an expert."""
+
+CODEBOOKS = {"fc1": 21, "fc2": 22}
+"""Input numbers of the codebooks; that of fc1 is for fc3, too. com.microsoft has no such inputs."""
 
 _ACT_SCALES, _ACT_BLOCK_SCALES = (17, 18), (19, 20)
 
@@ -25,125 +29,115 @@ _SCALE_TYPES = {
     "float": FLOATS,
     "float8e8m0": (ir.DataType.FLOAT8E8M0, ir.DataType.UINT8),
     "float8e4m3fn": (ir.DataType.FLOAT8E4M3FN,),
+    "any": (*FLOATS, ir.DataType.FLOAT8E8M0, ir.DataType.FLOAT8E4M3FN),
 }
 
 
 @dataclass(frozen=True)
 class ScalePlan:
-    """The scales of a node, the same for all its projections.
+    """The scales of a projection.
 
     Attributes:
-        quant_type: The attribute.
-        format: A format of it; they differ in the number of bits only.
+        format: Its format.
         block_size: Along K; 0 = one scale a row, or an expert.
     """
 
-    quant_type: str
     format: formats.Format
     block_size: int
 
     @property
-    def is_integer(self) -> bool:
-        """Whether codes are integers, of 2, 4 or 8 bits as other attributes say."""
-        return self.quant_type == "int"
-
-    @property
     def has_scales(self) -> bool:
-        """Whether each projection has scales of its rows or blocks."""
+        """Whether there are scales of rows or blocks."""
         return not self.format.square_blocks or self.block_size > 0
 
     @property
-    def has_global_scales(self) -> bool:
-        """Whether each projection has a factor an expert."""
-        return self.format.only_block_size is not None or not self.has_scales
-
-    @property
-    def partial_blocks(self) -> bool:
-        """Whether the last block of a row may be smaller."""
-        return self.format.square_blocks or self.block_size == 0
+    def unit(self) -> int:
+        """What the columns must be a multiple of."""
+        return 8 if self.format.square_blocks or self.block_size == 0 else self.block_size
 
     def shape(self, experts: int, n: int, k: int) -> tuple[int, int, int]:
-        """Shape of the scales of a projection: [E, rows of blocks, blocks in a row]."""
+        """Shape of the scales: [E, rows of blocks, blocks in a row]."""
         height = self.block_size if self.format.square_blocks else 1
         return (experts, -(-n // height), self.format.groups(k, self.block_size))
 
 
-def plan_scales(node: ir.Node, *, has_fc3: bool) -> ScalePlan:
-    """Checks quant_type and block_size, and which activation scales are given."""
-    name = string(node, "quant_type", "int")
-    known = {each for fmt in formats.FORMATS.values() for each in fmt.quant_types}
-    if name not in known:
-        raise UnsupportedError(f"quant_type is '{name}'; allowed are {', '.join(sorted(known))}")
-    fmt = formats.for_attributes(name)
-    plan = ScalePlan(name, fmt, _block_size(node, name, fmt))
-    if has_fc3 and plan.has_global_scales:
+def plan_scales(node: ir.Node, node_formats: QMoEFormats, *, has_fc3: bool) -> dict[str, ScalePlan]:
+    """Checks block_size, and which global and activation scales are given.
+
+    Returns:
+        The plans of "fc1", "fc2" and "fc3".
+    """
+    fc1, fc2 = node_formats.fc1, node_formats.fc2
+    plans = {
+        "fc1": ScalePlan(fc1, _block_size(node, fc1, fc2.only_block_size is None)),
+        "fc2": ScalePlan(fc2, _block_size(node, fc2, fc1.only_block_size is None)),
+    }
+    if has_fc3 and fc1.has_global_scale(plans["fc1"].block_size):
         raise UnsupportedError(
-            f"fc3 is given, but quant_type '{name}' needs a global scale for each projection, and "
-            "there is no input for that of fc3"
+            f"fc3 is given, but {fc1.name} needs a global scale for each projection, and there is "
+            "no input for that of fc3"
         )
-    _check_act_scales(node, quantizes=name == "wfp4afp8")
-    return plan
+    if has_fc3 and fc1.may_have_global_scale and given(node, GLOBAL_SCALES["fc1"]):
+        raise UnsupportedError(
+            "fc3 and a global scale of fc1 are given, but there is no input for that of fc3; put "
+            "the factor into the scales"
+        )
+    _check_act_scales(node, quantizes=string(node, "quant_type", "int") == "wfp4afp8")
+    return {**plans, "fc3": plans["fc1"]}
 
 
 def check_scales(plan: ScalePlan, scales: Constant | None, name: str) -> None:
-    """Refuses scales of another type or rank than quant_type and block_size say."""
-    allowed = _SCALE_TYPES[plan.format.scale_type]
+    """Refuses scales of another type or rank than the format has."""
     if not plan.has_scales:
         if scales is not None:
             raise UnsupportedError(
-                f"{scales}: quant_type '{plan.quant_type}' without block_size has a factor an "
-                "expert and no other scales"
+                f"{scales}: {plan.format.name} without block_size has a factor an expert and no "
+                "other scales"
             )
         return
     if scales is None:
-        raise UnsupportedError(
-            f"{name} scales are missing; quant_type '{plan.quant_type}' needs them"
-        )
-    if ir.DataType.FLOAT8E8M0 in allowed and scales.dtype in FLOATS:
-        raise UnsupportedError(
-            f"quant_type is '{plan.quant_type}', but {scales} is not float8e8m0. The model builder "
-            "of onnxruntime-genai 0.18 writes such nodes for Qwen3.5-MoE with "
-            "moe_quant_type=mxfp4: they hold prepacked int4 weights. Export the model again with "
-            "moe_quant_type=int4"
-        )
-    if scales.dtype not in allowed:
-        names = ", ".join(dtype.name.lower() for dtype in allowed)
-        raise UnsupportedError(
-            f"{scales} must be one of {names} for quant_type '{plan.quant_type}'"
-        )
-    if scales.dtype is ir.DataType.FLOAT8E8M0 and runtime_minor() < _E8M0_SINCE:
-        raise UnsupportedError(
-            f"{scales}: onnxruntime has this type since 1.{_E8M0_SINCE}, this is "
-            f"{runtime().__version__}; upgrade it, or store the scales as uint8"
-        )
+        raise UnsupportedError(f"{name} scales are missing; {plan.format.name} needs them")
+    check_scale_type(plan.format, scales)
     if len(scales.shape) not in (2, 3) or 0 in scales.shape:
         raise UnsupportedError(
             f"{scales} must have shape [experts, rows] or [experts, rows, blocks]"
         )
 
 
-def weight_format(
-    plan: ScalePlan, node: ir.Node, attribute: str, bits: int | None = None
-) -> formats.Format:
-    """The format of a projection.
+def check_scale_type(fmt: formats.Format, scales: Constant) -> None:
+    """Refuses scales of a type that the format, or this onnxruntime, does not have."""
+    allowed = _SCALE_TYPES[fmt.scale_type]
+    if fmt.scale_type == "float8e8m0" and scales.dtype in FLOATS:
+        raise UnsupportedError(
+            f"the weights are {fmt.name}, but {scales} is not float8e8m0. The model builder of "
+            "onnxruntime-genai 0.18 writes such nodes for Qwen3.5-MoE with moe_quant_type=mxfp4: "
+            "they hold prepacked int4 weights. Export the model again with moe_quant_type=int4"
+        )
+    if scales.dtype not in allowed:
+        names = ", ".join(dtype.name.lower() for dtype in allowed)
+        raise UnsupportedError(f"{scales} must be one of {names} for {fmt.name} weights")
+    if scales.dtype is ir.DataType.FLOAT8E8M0 and runtime_minor() < _E8M0_SINCE:
+        raise UnsupportedError(
+            f"{scales}: onnxruntime has this type since 1.{_E8M0_SINCE}, this is "
+            f"{runtime().__version__}; upgrade it, or store the scales as uint8"
+        )
 
-    Args:
-        plan: What quant_type says.
-        node: The node.
-        attribute: What says its bits.
-        bits: Taken if it does not.
-    """
-    return find_format(
-        plan.quant_type, integer(node, attribute, 0) if has(node, attribute) else bits
-    )
 
-
-def find_format(quant_type: str, bits: int | None) -> formats.Format:
-    """The format of this type and width; bits None = what the type has, 4 for "int"."""
-    try:
-        return formats.for_attributes(quant_type, bits)
-    except ValueError as error:
-        raise UnsupportedError(str(error)) from None
+def check_codebook(node: ir.Node, index: int, fmt: formats.Format) -> None:
+    """Refuses a codebook that the format does not take, or that is missing or no codebook."""
+    codebook = constant(node, index, "codebook")
+    if codebook is None:
+        if fmt.codebook:
+            raise UnsupportedError(f"input {index}, a codebook, is missing; {fmt.name} needs one")
+        return
+    if not fmt.codebook:
+        raise UnsupportedError(
+            f"input {index} is given, but {fmt.name} has values of its own and takes no codebook"
+        )
+    if codebook.dtype not in FLOATS or codebook.shape != (1 << fmt.bits,):
+        raise UnsupportedError(
+            f"input {index}, {codebook}, must be a float tensor of shape {[1 << fmt.bits]}"
+        )
 
 
 def check_block_size(block_size: int) -> None:
@@ -154,25 +148,34 @@ def check_block_size(block_size: int) -> None:
         )
 
 
-def check_global_scales(node: ir.Node, plan: ScalePlan, experts: int) -> None:
-    """Refuses global scales that are not one float an expert, or not as quant_type has them."""
-    for index in GLOBAL_SCALES.values():
-        if given(node, index) != plan.has_global_scales:
-            problem = "missing" if plan.has_global_scales else "not supported"
-            raise UnsupportedError(
-                f"input {index}, a global scale, is {problem} for quant_type '{plan.quant_type}' "
-                f"with block_size {plan.block_size}"
-            )
-        _check_per_expert(node, index, [(experts,)])
+def check_global_scales(node: ir.Node, plans: dict[str, ScalePlan], experts: int) -> None:
+    """Refuses global scales and codebooks that are not what the formats have."""
+    for name, index in GLOBAL_SCALES.items():
+        plan = plans[name]
+        check_global_scale(node, index, plan.format, plan.block_size, experts)
+        check_codebook(node, CODEBOOKS[name], plan.format)
 
 
 def check_act_scales(node: ir.Node, experts: int) -> None:
     """Refuses activation scales that are not one float, or one float an expert."""
     for index in _ACT_SCALES:
-        _check_per_expert(node, index, [(experts,), (1,)])
+        _check_factors(node, index, [(experts,), (1,)])
 
 
-def _check_per_expert(node: ir.Node, index: int, shapes: list[tuple[int, ...]]) -> None:
+def check_global_scale(
+    node: ir.Node, index: int, fmt: formats.Format, block_size: int, experts: int
+) -> None:
+    """Refuses a global scale that the format does not have, that is missing, or not float32 [E]."""
+    needed = fmt.has_global_scale(block_size)
+    if given(node, index) != needed and not fmt.may_have_global_scale:
+        raise UnsupportedError(
+            f"input {index}, a global scale, is {'missing' if needed else 'not supported'} for "
+            f"{fmt.name} weights with block_size {block_size}"
+        )
+    _check_factors(node, index, [(experts,)])
+
+
+def _check_factors(node: ir.Node, index: int, shapes: list[tuple[int, ...]]) -> None:
     scale = constant(node, index, "scale")
     if scale is None:
         return
@@ -181,15 +184,23 @@ def _check_per_expert(node: ir.Node, index: int, shapes: list[tuple[int, ...]]) 
         raise UnsupportedError(f"input {index}, {scale}, must be float32 of shape {allowed}")
 
 
-def _block_size(node: ir.Node, quant_type: str, fmt: formats.Format) -> int:
-    block_size = integer(node, "block_size", fmt.only_block_size or 0)
+def _block_size(node: ir.Node, fmt: formats.Format, needed_elsewhere: bool) -> int:
+    """The block size of a projection.
+
+    Args:
+        node: The node.
+        fmt: The projection's format.
+        needed_elsewhere: Whether the attribute says the blocks of another projection.
+    """
+    block_size = integer(node, "block_size", 0)
     if fmt.only_block_size is not None:
-        if block_size != fmt.only_block_size:
+        stated = has(node, "block_size") and not needed_elsewhere
+        if stated and block_size != fmt.only_block_size:
             raise UnsupportedError(
-                f"block_size is {block_size}; quant_type '{quant_type}' has blocks of "
-                f"{fmt.only_block_size}"
+                f"block_size is {block_size}; {fmt.name} has blocks of {fmt.only_block_size}"
             )
-    elif block_size:
+        return fmt.only_block_size
+    if block_size:
         check_block_size(block_size)
     return block_size
 

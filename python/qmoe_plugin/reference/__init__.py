@@ -44,6 +44,7 @@ __all__ = [
     "dequantize_projection",
     "expand_zero_points",
     "matmul_nbits",
+    "matmul_nbits_format",
     "matmul_nbits_weights",
     "projection_format",
     "projection_weights",
@@ -77,9 +78,12 @@ QMOE_DEFAULTS: Mapping[str, Any] = {
 def projection_format(attributes: Mapping[str, Any], name: str) -> formats.Format:
     """The weight format of a QMoE node's projection "fc1", "fc2" or "fc3"."""
     attrs = {**QMOE_DEFAULTS, **attributes}
-    if f"{name}_format" in attrs:
-        return formats.get(attrs[f"{name}_format"])
-    bits = attrs.get(f"{name}_expert_weight_bits", attrs["expert_weight_bits"])
+    own = attrs.get("fc2_format" if name == "fc2" else "fc1_format")
+    if own:
+        return formats.get(own)
+    bits = attrs["expert_weight_bits"]
+    for projection in ("fc1", "fc3") if name == "fc3" else (name,):  # fc3 is like fc1
+        bits = attrs.get(f"{projection}_expert_weight_bits", bits)
     return formats.for_attributes(attrs["quant_type"], bits)
 
 
@@ -90,6 +94,12 @@ def projection_weights(
     fmt = projection_format(attributes, name)
     block_size = fmt.only_block_size or attributes.get("block_size", QMOE_DEFAULTS["block_size"])
     return dequantize_projection(projection, fmt, k, block_size)
+
+
+def matmul_nbits_format(attributes: Mapping[str, Any]) -> formats.Format:
+    """The weight format of a MatMulNBits node."""
+    named = attributes.get("weight_format")
+    return formats.get(named) if named else formats.for_attributes("int", attributes.get("bits"))
 
 
 def quantize_activations(
@@ -192,6 +202,8 @@ def matmul_nbits(
     zero_points: Array | None = None,
     g_idx: Array | None = None,
     bias: Array | None = None,
+    codebook: Array | None = None,
+    global_scale: Array | None = None,
     **attributes: int | float | str,
 ) -> Float64:
     """The MatMulNBits op: Y[..., N] = A[..., K] W[N, K]^T + bias[N].
@@ -203,8 +215,10 @@ def matmul_nbits(
         zero_points: None, or one a block, packed or not.
         g_idx: None, or the block of each column.
         bias: None or [N].
-        **attributes: Of the node, by their ONNX names: K, N, block_size, bits. Others change no
-            value.
+        codebook: None, or [2^bits] for formats that take one.
+        global_scale: None or [1].
+        **attributes: Of the node, by their ONNX names: K, N, block_size, bits, weight_format.
+            Others change no value.
 
     Returns:
         float64 [..., N].
@@ -215,10 +229,12 @@ def matmul_nbits(
         scales,
         zero_points,
         g_idx,
+        codebook,
+        global_scale,
         k=attrs["K"],
         n=attrs["N"],
         block_size=attrs["block_size"],
-        bits=attrs.get("bits", 4),
+        fmt=matmul_nbits_format(attrs),
     )
     product = a.astype(np.float64) @ weights.T
     return np.asarray(product if bias is None else product + bias.astype(np.float64))

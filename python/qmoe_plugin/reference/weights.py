@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_plugin import formats
+from qmoe_plugin.formats.scales import decode_scales
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -26,6 +27,7 @@ class Projection:
         zero_points: None, or as `expand_zero_points` takes them.
         bias: None or [E, N].
         global_scale: None or [E].
+        codebook: None, or float [2^bits], the same for all experts.
     """
 
     codes: Array
@@ -33,6 +35,7 @@ class Projection:
     zero_points: Array | None = None
     bias: Array | None = None
     global_scale: Array | None = None
+    codebook: Array | None = None
 
     def expert(self, index: int) -> Projection:
         """The same with one expert only."""
@@ -46,6 +49,7 @@ class Projection:
             part(self.zero_points),
             part(self.bias),
             part(self.global_scale),
+            self.codebook,
         )
 
 
@@ -94,6 +98,8 @@ def dequantize_projection(
     """
     experts, n = projection.codes.shape[:2]
     scales, zero_points = None, None
+    if projection.codebook is not None:
+        fmt = fmt.with_codebook(projection.codebook)
     shape = fmt.scale_shape(n, k, block_size)
     if shape is not None:
         if projection.scales is None:
@@ -121,32 +127,41 @@ def matmul_nbits_weights(
     scales: Array,
     zero_points: Array | None = None,
     g_idx: Array | None = None,
+    codebook: Array | None = None,
+    global_scale: Array | None = None,
     *,
     k: int,
     n: int,
     block_size: int,
-    bits: int = 4,
+    fmt: formats.Format,
 ) -> Float64:
     """The weights of a MatMulNBits node, float64 [N, K].
 
     Args:
-        b: uint8 [N, G, block_size * bits / 8]; the last block may be partial and is then padded.
-        scales: [N, G], or flat.
+        b: uint8 (or float8_e4m3fn) [N, G, block_size * bits / 8]; the last block may be partial and
+            is then padded.
+        scales: [N, G], or flat; of square blocks [ceil(N / block_size), G]. uint8 is e8m0 where the
+            format has such scales.
         zero_points: None, uint8 packed [N, ceil(G * bits / 8)], or one value a block [N, G]; or
             flat.
         g_idx: None, or int32 [K]: the block whose scale and zero point each column takes; codes
             stay where they are.
+        codebook: None or [2^bits].
+        global_scale: None or [1].
         k: Attribute K, columns.
         n: Attribute N, rows.
         block_size: Codes that share a scale.
-        bits: Bits a code.
+        fmt: The weight format.
     """
-    fmt = formats.for_attributes("int", bits)
     groups = fmt.groups(k, block_size)
-    codes = formats.unpack(b.reshape(n, -1), bits, k)
-    scale = scales.reshape(n, groups).astype(np.float64)
+    codes = formats.unpack(b.view(np.uint8).reshape(n, -1), fmt.bits, k)
+    height = block_size if fmt.square_blocks else 1
+    scale = decode_scales(scales, fmt.scale_type).reshape(-1, groups)
+    scale = np.repeat(scale, height, axis=0)[:n]
     zero = np.full((n, groups), fmt.default_zero_point)
     if zero_points is not None:
         zero = expand_zero_points(zero_points.reshape(n, -1), fmt, (n, groups), block_size)
     block_of = np.arange(k) // block_size if g_idx is None else g_idx.reshape(-1)[:k]
-    return np.asarray((fmt.values[codes] - zero[:, block_of]) * scale[:, block_of])
+    values = fmt.values if codebook is None else fmt.with_codebook(codebook).values
+    factor = 1.0 if global_scale is None else float(global_scale[0])
+    return np.asarray((values[codes] - zero[:, block_of]) * scale[:, block_of] * factor)

@@ -1,0 +1,1 @@
+"""Weight formats for qmoe_plugin that are not in its own tree."""

@@ -1,0 +1,196 @@
+"""Quantising by round-to-nearest: the scale of each block, and the code of each weight.
+
+All arithmetic is float32, divisions included. `Format.quantize` is the way in, and says what is
+chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qmoe_plugin.formats import packing
+from qmoe_plugin.formats import scales as small_floats
+from qmoe_plugin.formats.packing import Array, pack
+
+if TYPE_CHECKING:
+    from qmoe_plugin.formats.base import Format
+
+DType = np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantised matrix, or a stack of them; shapes as in `qmoe_plugin.formats.base`.
+
+    `scales` is None where the global scale is all there is, `global_scale` and `codebook` where
+    there is none.
+    """
+
+    codes: Array
+    scales: Array | None
+    zero_points: Array | None = None
+    global_scale: Array | None = None
+    codebook: Array | None = None
+
+
+def by_codebook(
+    fmt: Format, weights: Array, block_size: int, signed_scales: bool, scale_dtype: DType
+) -> Quantized:
+    """Float32 weights [..., N, K] in a format whose codebook is known, with scales of any type."""
+    kind = small_floats.scale_type_of(scale_dtype)
+    fixed = dataclasses.replace(fmt, scale_type=kind)
+    if kind == "float":
+        quantized = by_range(fixed, weights, block_size, True, signed_scales, scale_dtype)
+    else:
+        quantized = by_magnitude(fixed, weights, block_size, scale_dtype)
+    if kind == "float8e8m0":  # its global scale is 1, and need not be there
+        quantized = dataclasses.replace(quantized, global_scale=None)
+    return dataclasses.replace(quantized, codebook=fmt.values.astype(np.float32))
+
+
+def by_range(
+    fmt: Format,
+    weights: Array,
+    block_size: int,
+    symmetric: bool,
+    signed_scales: bool,
+    scale_dtype: DType,
+) -> Quantized:
+    """Float32 weights [..., N, K] in a format with float scales of rows or blocks."""
+    *lead, n, k = weights.shape
+    rows = weights.reshape(-1, k)
+    compiled = None if fmt.codebook else packing.native()
+    if compiled is not None and scale_dtype == np.float32 and (signed_scales or not symmetric):
+        packed, scales, zeros = compiled.quantize(rows, fmt.name, block_size, symmetric)
+    else:
+        scales, zeros = _choose_scales(fmt, rows, block_size, symmetric, signed_scales, scale_dtype)
+        packed = pack(_nearest_codes(fmt, rows, block_size, scales, zeros), fmt.bits)
+    shape = (*lead, n, fmt.groups(k, block_size)) if block_size else (*lead, n)
+    zero_points = None if symmetric else pack(zeros.reshape(shape), fmt.bits)
+    codes = packed.reshape(*lead, n, packed.shape[-1])
+    return Quantized(codes, scales.reshape(shape).astype(scale_dtype), zero_points)
+
+
+def by_magnitude(fmt: Format, weights: Array, block_size: int, scale_dtype: DType) -> Quantized:
+    """Float32 weights [..., N, K] in a format whose scales follow the largest magnitudes."""
+    *lead, n, k = weights.shape
+    top = np.float32(min(np.nanmax(fmt.values), -np.nanmin(fmt.values)))
+    if top <= 0:
+        raise ValueError("values of both signs are needed for scales of a small float type")
+    largest = np.abs(weights).max(axis=(-2, -1))  # of each expert, [...]
+    global_scale = np.ones(tuple(lead), dtype=np.float32)
+    if fmt.square_blocks and not block_size:
+        global_scale = np.where(largest > 0, largest / top, np.float32(1))
+        per_code = np.broadcast_to(global_scale[..., None, None], weights.shape)
+        codes = pack(_nearest(fmt, weights, per_code), fmt.bits)
+        return Quantized(codes, None, None, global_scale)
+
+    height, width = block_size if fmt.square_blocks else 1, block_size or k
+    magnitude = _largest_of_blocks(np.abs(weights), height, width)
+    if fmt.scale_type == "float8e8m0":
+        below = np.abs(fmt.values)[np.abs(fmt.values) < top].max()
+        scales = small_floats.e8m0_covering(magnitude, 1.5 * float(top) - 0.5 * below)
+    elif fmt.scale_type == "float8e4m3fn":
+        spread = np.float32(small_floats.E4M3_MAX) * top
+        global_scale = np.where(largest > 0, largest / spread, np.float32(1))
+        scales = small_floats.round_to_e4m3(magnitude / top / global_scale[..., None, None])
+    else:
+        scales = (magnitude / top).astype(scale_dtype)
+    decoded = small_floats.decode_scales(scales, fmt.scale_type).astype(np.float32)
+    per_code = decoded * global_scale[..., None, None]
+    per_code = np.repeat(np.repeat(per_code, height, axis=-2), width, axis=-1)
+    codes = pack(_nearest(fmt, weights, per_code[..., :n, :k]), fmt.bits)
+    has_global = fmt.has_global_scale(block_size)
+    scales = scales if block_size else scales[..., 0]
+    return Quantized(codes, scales, None, global_scale if has_global else None)
+
+
+def _choose_scales(
+    fmt: Format,
+    rows: Array,
+    block_size: int,
+    symmetric: bool,
+    signed_scales: bool,
+    scale_dtype: npt.DTypeLike,
+) -> tuple[Array, Array]:
+    """Scales float32 [R, G], rounded to scale_dtype, and zero points uint8 [R, G] of [R, K]."""
+    k = rows.shape[-1]
+    groups = fmt.groups(k, block_size)
+    padded = np.zeros((rows.shape[0], groups * (block_size or k)), dtype=np.float32)
+    padded[:, :k] = rows  # the padding never wins: every range below holds 0
+    blocks = padded.reshape(rows.shape[0], groups, -1)
+    lowest, highest = blocks.min(axis=-1), blocks.max(axis=-1)
+    centered = fmt.values[np.isfinite(fmt.values)] - fmt.default_zero_point
+    default_zero = np.full(lowest.shape, int(fmt.default_zero_point), dtype=np.uint8)
+    if symmetric:
+        magnitude = np.maximum(-lowest, highest)
+        if signed_scales and -centered.min() > centered.max():
+            # The earlier of -x and +x decides a tie, as in onnxruntime.
+            first = np.take_along_axis(
+                blocks, np.argmax(np.abs(blocks), axis=-1)[..., None], axis=-1
+            )
+            scales = first[..., 0] / np.float32(centered.min())
+        elif centered.max() > 0:
+            scales = magnitude / np.float32(centered.max())
+        else:
+            raise ValueError("a codebook without positive values needs signed_scales=True")
+        return _rounded(scales, scale_dtype), default_zero
+    lowest, highest = np.minimum(lowest, 0), np.maximum(highest, 0)
+    levels = np.float32((1 << fmt.bits) - 1)
+    scales = _rounded((highest - lowest) / levels, scale_dtype)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        zeros = np.where(scales != 0, np.rint(-lowest / scales), np.float32(0))
+    return scales, np.clip(zeros, 0, levels).astype(np.uint8)
+
+
+def _nearest_codes(fmt: Format, rows: Array, block_size: int, scales: Array, zeros: Array) -> Array:
+    """The code nearest to each weight, uint8 [R, K]; that of 0 where the scale is 0."""
+    k = rows.shape[-1]
+    repeats = block_size or k
+    scale = np.repeat(scales, repeats, axis=-1)[:, :k]
+    zero = np.repeat(zeros, repeats, axis=-1)[:, :k].astype(np.float32)
+    return _nearest(fmt, rows, scale, zero if _is_integer(fmt) else None)
+
+
+def _nearest(fmt: Format, weights: Array, scales: Array, zeros: Array | None = None) -> Array:
+    """The code nearest to each weight, all three of one shape; that of 0 where the scale is."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        wanted = np.where(scales != 0, weights / scales, np.float32(0))
+    return _encode(fmt, wanted if zeros is None else wanted + zeros)
+
+
+def _is_integer(fmt: Format) -> bool:
+    """Whether codes decode to themselves, so that a zero point is a code too."""
+    return bool(np.array_equal(fmt.values, np.arange(1 << fmt.bits)))
+
+
+def _encode(fmt: Format, wanted: Array) -> Array:
+    """The code whose value is nearest to each wanted one; of two equally near, the even."""
+    if _is_integer(fmt):
+        return np.clip(np.rint(wanted), 0, (1 << fmt.bits) - 1).astype(np.uint8)
+    ordered, order = np.unique(fmt.values, return_index=True)  # equal values: the first code
+    ordered = ordered[np.isfinite(ordered)]
+    right = np.clip(np.searchsorted(ordered, wanted), 1, len(ordered) - 1)
+    below, above = wanted - ordered[right - 1], ordered[right] - wanted
+    take_right = (above < below) | ((above == below) & (order[right] % 2 == 0))
+    return order[np.where(take_right, right, right - 1)].astype(np.uint8)
+
+
+def _largest_of_blocks(magnitudes: Array, height: int, width: int) -> Array:
+    """The largest of each block of a matrix [..., N, K], partial ones too: [..., N / h, K / w]."""
+    *lead, n, k = magnitudes.shape
+    rows, columns = -(-n // height), -(-k // width)
+    padded = np.zeros((*lead, rows * height, columns * width), dtype=magnitudes.dtype)
+    padded[..., :n, :k] = magnitudes
+    blocks: Array = padded.reshape(*lead, rows, height, columns, width).max(axis=(-3, -1))
+    return blocks
+
+
+def _rounded(values: Array, dtype: npt.DTypeLike) -> Array:
+    """Rounds to `dtype` and back to float32."""
+    return values.astype(dtype).astype(np.float32)
