@@ -6,6 +6,7 @@ namespace qmoe_plugin {
 inline constexpr char kDomain[] = "qmoe_plugin";
 inline constexpr char kStockDomain[] = "com.microsoft";
 inline constexpr char kQMoeOpName[] = "QMoE";
+inline constexpr char kMoEOpName[] = "MoE";
 inline constexpr char kMatMulNBitsOpName[] = "MatMulNBits";
 
 }  // namespace qmoe_plugin

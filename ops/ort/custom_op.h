@@ -58,6 +58,7 @@ struct OpSpec {
 };
 
 const OpSpec& QMoeOp();         // qmoe_op.cc
+const OpSpec& MoEOp();          // likewise
 const OpSpec& MatMulNBitsOp();  // matmul_nbits_op.cc
 
 class CustomOp : public OrtCustomOp {

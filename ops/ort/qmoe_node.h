@@ -69,7 +69,8 @@ struct QMoeAttributes {
   int64_t weights_prepacked = -1;
 };
 
-/// Throws Error for an attribute of another type.
+/// Throw Error for an attribute of another type. The first reads those that MoE has, too.
+QMoeAttributes ReadMoEAttributes(const Attributes& node);
 QMoeAttributes ReadQMoeAttributes(const Attributes& node);
 
 struct QMoeNode {
@@ -77,6 +78,17 @@ struct QMoeNode {
   MoeWeights weights;
   std::string warning;  // something the user should know; empty = nothing
 };
+
+struct ActivationPlan;  // ops/ort/qmoe_activation.h
+
+struct MoeSizes {
+  int64_t experts, hidden, inter;  // E, H, I
+};
+
+// What QMoE and MoE share. The first throws Error for routing attributes that are no flags.
+void CheckRouting(const QMoeAttributes& attributes);
+void SetConfig(const QMoeAttributes& attributes, const ActivationPlan& activation,
+               const MoeSizes& sizes, DType dtype, MoeConfig& config);
 
 /// Checks the node and says what it means. `inputs` are the tensors by QMoeInput (kQMoeInputs of
 /// them); those that vary from run to run are not looked at. Throws Error.

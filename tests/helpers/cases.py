@@ -247,10 +247,10 @@ class QMoECase:
             weights = rng.uniform(0.05, 1.0, (self.tokens, self.experts))
             tensors["router_weights"] = weights.astype(router_dtype)
         if self.rank == 3:
-            tensors["input"] = _split_tokens(tensors["input"])
+            tensors["input"] = split_tokens(tensors["input"])
         if self.router_rank == 3:
             for name in tensors.keys() & {"router_probs", "router_weights"}:
-                tensors[name] = _split_tokens(tensors[name])
+                tensors[name] = split_tokens(tensors[name])
         return tensors
 
     def model(self, tensors: Tensors, domain: str = DOMAIN) -> onnx.ModelProto:
@@ -270,7 +270,7 @@ class QMoECase:
         return qmoe_oracle(tensors, self.attributes())
 
 
-def _split_tokens(array: np.ndarray) -> np.ndarray:
+def split_tokens(array: np.ndarray) -> np.ndarray:
     """[T, D] as [B, S, D], B = 2 where T is even."""
     batch = 2 if array.shape[0] % 2 == 0 else 1
     return array.reshape(batch, array.shape[0] // batch, array.shape[1])
@@ -386,7 +386,7 @@ class MatMulNBitsCase:
         codes = typed(weights["codes"], fmt)
         a = rng.standard_normal((self.m, self.k)).astype(dtype)
         if self.rank == 3:
-            a = _split_tokens(a)
+            a = split_tokens(a)
         elif self.rank == 1:
             a = a.reshape(-1)
         tensors: Tensors = {

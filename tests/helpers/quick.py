@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from helpers.cases import Case, MatMulNBitsCase, QMoECase
 from helpers.dtypes import FLOAT_DTYPES
+from helpers.moe_cases import MoECase
 from qmoe_plugin import formats
 
 
 def quick_cases(format_name: str) -> list[Case]:
     """Cases of one format: every dtype, few and many rows, and most options of the ops."""
+    if format_name in formats.PLAIN_FORMATS:
+        return plain_cases(format_name)
     fmt = formats.get(format_name)
     cases: list[Case] = []
     for dtype in FLOAT_DTYPES:
@@ -55,3 +58,17 @@ def quick_cases(format_name: str) -> list[Case]:
             MatMulNBitsCase(**common, m=130, n=72, k=160, g_idx="shuffled"),
         ]
     return list(dict.fromkeys(case.fitted() for case in cases))
+
+
+def plain_cases(weights: str) -> list[Case]:
+    """Cases of a MoE with weights of this type."""
+    cases: list[Case] = []
+    for dtype in FLOAT_DTYPES:
+        common = {"dtype": dtype, "weights": None if dtype == weights else weights}
+        cases += [
+            MoECase(**common, tokens=1, hidden=96, inter=160, experts=8, k=4),
+            MoECase(**common, tokens=33, activation="silu"),
+            MoECase(**common, tokens=70, hidden=200, inter=72, activation="geglu", fusion=2),
+            MoECase(**common, tokens=5, hidden=37, inter=21, fusion=0, fc3=True, rank=3),
+        ]
+    return cases

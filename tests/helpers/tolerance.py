@@ -53,7 +53,7 @@ def tolerance(case: Case) -> float:
 def allowed_error(case: Case, tensors: Tensors) -> np.ndarray:
     """How far each element of the result may be from the oracle, float64."""
     flips: np.ndarray | float = 0.0
-    if case.op_type == "QMoE":
+    if case.op_type in ("QMoE", "MoE"):
         scale, flips = qmoe_error_scale(tensors, dict(case.attributes()))
     else:
         scale = error_scale(case, tensors)
@@ -62,7 +62,7 @@ def allowed_error(case: Case, tensors: Tensors) -> np.ndarray:
 
 def error_scale(case: Case, tensors: Tensors) -> np.ndarray:
     """The yardstick of each element of the result, float64; see the top of this file."""
-    if case.op_type == "QMoE":
+    if case.op_type in ("QMoE", "MoE"):
         return qmoe_error_scale(tensors, dict(case.attributes()))[0]
     attributes = case.attributes()
     weights = reference.matmul_nbits_weights(

@@ -12,6 +12,7 @@ import pytest
 from helpers.blank import SCALE_TYPES, Blank
 from helpers.cases import MatMulNBitsCase, QMoECase
 from helpers.models import one_node_model
+from helpers.moe_cases import MoECase
 from helpers.packed import packed_tensors, resealed, with_input, with_packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +44,18 @@ QMOE_ATTRIBUTES = {
     "weights_layout": st.sampled_from(["", "raw", "k_major", "fpa_intb", "other"]),
     "weights_prepacked": st.sampled_from([-1, 0, 1, 2]),
 }
+MOE_ATTRIBUTES = {
+    name: QMOE_ATTRIBUTES[name]
+    for name in (
+        "activation_alpha",
+        "activation_type",
+        "k",
+        "normalize_routing_weights",
+        "swiglu_fusion",
+        "swiglu_limit",
+        "use_sparse_mixer",
+    )
+}
 MATMUL_ATTRIBUTES = {
     "K": st.sampled_from([0, 95, 96, 128]),
     "N": st.sampled_from([-1, 47, 48]),
@@ -64,6 +77,17 @@ QMOE_CASES = st.builds(
     fc3=st.booleans(),
     bias=st.booleans(),
     trailing_group_axis=st.booleans(),
+)
+MOE_CASES = st.builds(
+    MoECase,
+    dtype=st.sampled_from(["float32", "float16"]),
+    weights=st.sampled_from([None, "float32", "float16", "bfloat16"]),
+    hidden=st.sampled_from([16, 33]),
+    inter=st.sampled_from([16, 33]),
+    activation=st.sampled_from(["relu", "silu", "swiglu", "geglu"]),
+    fusion=FLAGS,
+    fc3=st.booleans(),
+    bias=st.booleans(),
 )
 SIZES = {
     "hidden": st.sampled_from([64, 96, 128]),
@@ -238,6 +262,15 @@ def test_qmoe(data):
     tensors = data.draw(reshaped(case.tensors()))
     model = one_node_model("QMoE", tensors, case.attributes(), domain="com.microsoft")
     compare(with_attributes(model, data.draw(subsets(QMOE_ATTRIBUTES))))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_moe(data):
+    case = data.draw(MOE_CASES)
+    tensors = data.draw(reshaped(case.tensors()))
+    model = one_node_model("MoE", tensors, case.attributes(), domain="com.microsoft")
+    compare(with_attributes(model, data.draw(subsets(MOE_ATTRIBUTES))))
 
 
 @settings(max_examples=400, deadline=None)

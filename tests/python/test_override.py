@@ -47,8 +47,8 @@ def test_the_installed_onnxruntime_has_nothing_that_we_do_not_know():
 
 def test_both_ops_are_looked_at(monkeypatch):
     """The test above would see what is new."""
-    monkeypatch.setitem(override._ATTRIBUTES, "QMoE", frozenset())
-    monkeypatch.setitem(override._INPUTS, "MatMulNBits", ("A", "B", "scales", "zeros"))
+    monkeypatch.setitem(override.STOCK_ATTRIBUTES, "QMoE", frozenset())
+    monkeypatch.setitem(override.STOCK_INPUTS, "MatMulNBits", ("A", "B", "scales", "zeros"))
     monkeypatch.setattr(override, "_TYPES", override._TYPES - {"tensor(bfloat16)"})
     gaps = override.schema_gaps()
     assert "QMoE has attribute activation_type" in gaps

@@ -81,7 +81,7 @@ def explain_model(
     ]
     if not answers:
         called = "" if name is None else f" called '{name}'"
-        raise ValueError(f"the model has no {' or '.join(OPS)} node{called}")
+        raise ValueError(f"the model has no {', '.join(OPS[:-1])} or {OPS[-1]} node{called}")
     return answers
 
 

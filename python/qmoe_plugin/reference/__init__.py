@@ -1,8 +1,8 @@
-"""What QMoE and MatMulNBits compute, in float64 numpy, from the tensors of the ONNX node.
+"""What our ops compute, in float64 numpy, from the tensors of the ONNX node.
 
 This is the oracle of the tests and the specification of the kernels: written to be read, not to be
 fast. Nothing is rounded between the inputs and the result, unless the op says so (wfp4afp8). The
-formulas are those of com.microsoft QMoE and MatMulNBits in onnxruntime 1.31.1; where its CPU and
+formulas are those of the com.microsoft ops in onnxruntime 1.31.1; where its CPU and
 CUDA kernels disagree, those of CUDA, except that `router_weights` and `use_sparse_mixer` are
 honoured, which CUDA's QMoE ignores. docs/semantics.md lists every such difference.
 
@@ -46,6 +46,7 @@ __all__ = [
     "matmul_nbits",
     "matmul_nbits_format",
     "matmul_nbits_weights",
+    "moe",
     "projection_format",
     "projection_weights",
     "qmoe",
@@ -91,6 +92,8 @@ def projection_weights(
     attributes: Mapping[str, Any], name: str, projection: Projection, k: int
 ) -> Float64:
     """The weights of a QMoE node's projection "fc1", "fc2" or "fc3", float64 [E, N, K]."""
+    if projection.is_plain:
+        return projection.codes.astype(np.float64)
     fmt = projection_format(attributes, name)
     block_size = fmt.only_block_size or attributes.get("block_size", QMOE_DEFAULTS["block_size"])
     return dequantize_projection(projection, fmt, k, block_size)
@@ -193,6 +196,44 @@ def qmoe(
             )
         result[rows] += factors[rows, slots, None] * linear("fc2", fc2, activated, expert)
     return result.reshape(x.shape)
+
+
+def moe(
+    x: Array,
+    router_probs: Array,
+    fc1: Array,
+    fc2: Array,
+    fc3: Array | None = None,
+    *,
+    fc1_bias: Array | None = None,
+    fc2_bias: Array | None = None,
+    fc3_bias: Array | None = None,
+    **attributes: Any,
+) -> Float64:
+    """The MoE op: QMoE with weights of float types.
+
+    Args:
+        x: [T, H] or [B, S, H], any float type.
+        router_probs: [T, E] or [B, S, E] logits, any float type.
+        fc1: [E, F * I, H], any float type.
+        fc2: [E, H, I].
+        fc3: None or [E, I, H].
+        fc1_bias: None or [E, F * I].
+        fc2_bias: None or [E, H].
+        fc3_bias: None or [E, I].
+        **attributes: Of the node, by their ONNX names; defaults as in QMOE_DEFAULTS.
+
+    Returns:
+        float64, the shape of x.
+    """
+    return qmoe(
+        x,
+        router_probs,
+        Projection(fc1, None, bias=fc1_bias),
+        Projection(fc2, None, bias=fc2_bias),
+        None if fc3 is None else Projection(fc3, None, bias=fc3_bias),
+        **attributes,
+    )
 
 
 def matmul_nbits(

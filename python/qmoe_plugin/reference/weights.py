@@ -18,10 +18,11 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Projection:
-    """The inputs of one projection of a QMoE node, as stored, in the raw layout.
+    """The inputs of one projection of a QMoE or MoE node, as stored, in the raw layout.
 
     Attributes:
-        codes: uint8 (or float8_e4m3fn) [E, N, K * bits / 8], packed, lowest bits first.
+        codes: uint8 (or float8_e4m3fn) [E, N, K * bits / 8], packed, lowest bits first; of a MoE
+            the weights themselves, [E, N, K] in float32, float16 or bfloat16.
         scales: [E, N, G]; per channel [E, N] or [E, N, 1]; of square blocks [E, ceil(N / b),
             ceil(K / b)]. Of type e8m0 also as uint8. None if the global scale is all there is.
         zero_points: None, or as `expand_zero_points` takes them.
@@ -36,6 +37,11 @@ class Projection:
     bias: Array | None = None
     global_scale: Array | None = None
     codebook: Array | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the codes are the weights themselves: types of more than a byte."""
+        return self.codes.dtype.itemsize > 1
 
     def expert(self, index: int) -> Projection:
         """The same with one expert only."""
