@@ -10,10 +10,11 @@ namespace {
 Projection MakeProjection(const char* name, const std::vector<TensorView>& inputs,
                           MoEInput weights) {
   const TensorView& codes = inputs[size_t(weights)];
+  const std::string input = Concat("input ", size_t(weights), " (", name, "_experts_weights)");
   QMOE_REQUIRE(
-      IsFloat(codes.dtype) && codes.shape.size() == 3, "input ", size_t(weights), " (", name,
-      "_experts_weights) is ", codes.Describe(),
+      IsFloat(codes.dtype) && codes.shape.size() == 3, input, " is ", codes.Describe(),
       "; it must be float32, float16 or bfloat16 [E, N, K] (quantised weights are for QMoE)");
+  QMOE_REQUIRE(codes.elements() > 0, input, " is ", codes.Describe(), "; no dimension may be 0");
   Projection p;
   p.name = name;
   p.format = &GetFormat(Name(codes.dtype));  // these formats are called like the types

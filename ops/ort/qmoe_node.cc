@@ -140,6 +140,7 @@ QMoeAttributes ReadMoEAttributes(const Attributes& node) {
   a.activation_type = node.String("activation_type", a.activation_type);
   a.k = node.Int("k", a.k);
   a.normalize_routing_weights = node.Int("normalize_routing_weights", a.normalize_routing_weights);
+  a.num_shared_experts = node.Int("num_shared_experts", a.num_shared_experts);
   a.swiglu_fusion = node.Int("swiglu_fusion", a.swiglu_fusion);
   a.swiglu_limit = node.FindFloat("swiglu_limit");
   a.use_sparse_mixer = node.Int("use_sparse_mixer", a.use_sparse_mixer);
@@ -173,7 +174,16 @@ void SetConfig(const QMoeAttributes& a, const ActivationPlan& activation, const 
   config.hidden_size = sizes.hidden;
   config.inter_size = sizes.inter;
   config.experts = sizes.experts;
-  config.topk = a.k;
+  // MakeQMoe checks the sum of these two, which must not overflow.
+  QMOE_REQUIRE(a.num_shared_experts >= 0 && a.num_shared_experts < sizes.experts,
+               "num_shared_experts is ", a.num_shared_experts, "; it must be from 0 to ",
+               sizes.experts - 1, ", as one of the ", sizes.experts,
+               " experts at least must be routed");
+  const int64_t routed = sizes.experts - a.num_shared_experts;
+  QMOE_REQUIRE(a.k >= 1 && a.k <= routed, "k is ", a.k, "; it must be from 1 to the number of ",
+               a.num_shared_experts ? "routed " : "", "experts, ", routed);
+  config.shared_experts = a.num_shared_experts;
+  config.topk = a.k + a.num_shared_experts;
   config.normalize_routing_weights = a.normalize_routing_weights == 1;
   config.use_sparse_mixer = a.use_sparse_mixer == 1;
   config.activation = activation.params;

@@ -49,7 +49,7 @@ enum QMoeInput : size_t {
 };
 
 /// The attributes with com.microsoft's defaults; empty = not given. fc1_format, fc2_format and
-/// weights_layout are ours.
+/// weights_layout are ours, and num_shared_experts is in no release of onnxruntime yet.
 struct QMoeAttributes {
   int64_t accuracy_level = 0;
   float activation_alpha = 1.0f;
@@ -61,6 +61,7 @@ struct QMoeAttributes {
   std::string fc1_format, fc2_format;
   int64_t k = 1;
   int64_t normalize_routing_weights = 0;
+  int64_t num_shared_experts = 0;
   std::string quant_type = "int";
   int64_t swiglu_fusion = 0;
   std::optional<float> swiglu_limit;
@@ -85,7 +86,8 @@ struct MoeSizes {
   int64_t experts, hidden, inter;  // E, H, I
 };
 
-// What QMoE and MoE share. The first throws Error for routing attributes that are no flags.
+// What QMoE and MoE share. Both throw Error: the first for flags of routing that are none, the second
+// for numbers of experts.
 void CheckRouting(const QMoeAttributes& attributes);
 void SetConfig(const QMoeAttributes& attributes, const ActivationPlan& activation,
                const MoeSizes& sizes, DType dtype, MoeConfig& config);

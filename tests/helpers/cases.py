@@ -107,6 +107,7 @@ class QMoECase:
     router_dtype: str | None = None
     router_weights: bool = False
     sparse_mixer: bool = False
+    shared: int = 0  # experts at the end that all tokens go to
     rank: int = 2
     router_rank: int = 2
     trailing_group_axis: bool = False  # per channel: scales [E, N, 1] instead of [E, N]
@@ -181,6 +182,7 @@ class QMoECase:
             "activation_beta": self.beta,
             "swiglu_limit": self.limit,
             "use_sparse_mixer": int(self.sparse_mixer) or None,
+            "num_shared_experts": self.shared or None,
             "accuracy_level": self.accuracy_level or None,
         }
         if own_formats:

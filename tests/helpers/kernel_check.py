@@ -34,7 +34,7 @@ def problems(case: Case, target: Target) -> Iterator[Problem]:
         return
     gated = case.activation in GATED or case.fc3
     common |= {
-        "rows": case.tokens * case.k,
+        "rows": case.tokens * (case.k + case.shared),
         "experts": case.experts,
     }
     activation = "swiglu" if case.activation == "silu" and case.fc3 else case.activation

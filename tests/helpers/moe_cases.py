@@ -37,6 +37,7 @@ class MoECase:
     router: str = "random"
     router_dtype: str | None = None
     sparse_mixer: bool = False
+    shared: int = 0  # experts at the end that all tokens go to
     rank: int = 2
     router_rank: int = 2
     seed: int = 0
@@ -70,6 +71,7 @@ class MoECase:
             "activation_beta": self.beta,
             "swiglu_limit": self.limit,
             "use_sparse_mixer": int(self.sparse_mixer) or None,
+            "num_shared_experts": self.shared or None,
         }
         return {name: value for name, value in attributes.items() if value is not None}
 

@@ -22,6 +22,7 @@ def quick_cases(format_name: str) -> list[Case]:
         cases += [
             QMoECase(**common, tokens=1, hidden=96, inter=160, experts=8, k=4, activation="swiglu"),
             QMoECase(**common, tokens=33, block_size=0, activation="silu", scale_dtype="float32"),
+            QMoECase(**common, tokens=9, experts=5, shared=2),
             QMoECase(**common, tokens=70, block_size=64, hidden=128, inter=192, activation="geglu"),
             QMoECase(
                 **common,
@@ -68,6 +69,7 @@ def plain_cases(weights: str) -> list[Case]:
         cases += [
             MoECase(**common, tokens=1, hidden=96, inter=160, experts=8, k=4),
             MoECase(**common, tokens=33, activation="silu"),
+            MoECase(**common, tokens=9, experts=5, shared=1),
             MoECase(**common, tokens=70, hidden=200, inter=72, activation="geglu", fusion=2),
             MoECase(**common, tokens=5, hidden=37, inter=21, fusion=0, fc3=True, rank=3),
         ]

@@ -100,6 +100,7 @@ def qmoe_error_scale(tensors: Tensors, attributes: dict) -> tuple[np.ndarray, np
         normalize=bool(attrs["normalize_routing_weights"]),
         router_weights=None if router_weights is None else router_weights.reshape(-1, experts),
         use_sparse_mixer=bool(attrs["use_sparse_mixer"]),
+        num_shared_experts=attrs["num_shared_experts"],
     )
 
     def weights(name: str, k: int, expert: int) -> tuple[np.ndarray, np.ndarray | None]:

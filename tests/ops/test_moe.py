@@ -85,6 +85,8 @@ def test_tokens(dtype: str, tokens: int, device: str) -> None:
         Case(router="masked", experts=16, k=3),
         Case(sparse_mixer=True, experts=8, tokens=9),
         Case(rank=3, router_rank=3, tokens=4),
+        Case(experts=5, shared=2, tokens=9),
+        Case(experts=5, shared=1, tokens=2, normalize=False),
         Case(seed=1),
     ],
     ids=str,
@@ -121,7 +123,7 @@ def test_beside_the_stock_op(case: MoECase) -> None:
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_retarget_and_back(dtype: str) -> None:
-    case = Case(dtype=dtype)
+    case = Case(dtype=dtype, experts=5, shared=1)
     tensors = case.tensors()
     model = case.model(tensors, STOCK_DOMAIN)
     before = copy.deepcopy(model)
@@ -169,7 +171,7 @@ BAD = [
     B("fc2 transposed", r"fc2 holds 4 x 96 x 64 weights; this node needs 4 x 64 x 96", change=to(W2, lambda w: np.swapaxes(w, 1, 2).copy())),
     B("fc2 of other experts", r"fc2 holds 3 x", change=to(W2, lambda w: w[:3])),
     B("odd rows", r"\[4, 191, 64\]; gates and ups together must be an even number", change=to(W1, lambda w: w[:, :-1])),
-    B("empty weights", r"0 experts; allowed are 1 to 1024", change=to(W1, lambda w: w[:0])),
+    B("empty weights", r"\[0, 192, 64\]; no dimension may be 0", change=to(W1, lambda w: w[:0])),
     B("weight NaN", r"fc1 weight of expert 0, row 0, column 5 is nan; weights must be finite", change=put(W1, float("nan"))),
     B("weight infinite", r"fc2 weight .* is -inf", case=Case(dtype="float16"), change=put(W2, -float("inf"))),
     B("weight infinite, bfloat16", r"fc2 weight .* is inf", case=Case(dtype="bfloat16"), change=put(W2, float("inf"))),

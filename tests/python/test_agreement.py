@@ -37,7 +37,10 @@ QMOE_ATTRIBUTES = {
     "fc2_format": FORMATS,
     "k": st.sampled_from([-1, 0, 1, 2, 4, 5]),
     "normalize_routing_weights": FLAGS,
-    "quant_type": st.sampled_from(["int", "fp4", "nvfp4", "fp8", "wfp4afp8", "codebook4", "int8"]),
+    "num_shared_experts": st.sampled_from([-1, 0, 1, 2, 3, 4, 2**63 - 1]),
+    "quant_type": st.sampled_from(
+        ["int", "fp4", "nvfp4", "fp8", "wfp4afp8", "codebook4", "int8", "float16"]
+    ),
     "swiglu_fusion": st.sampled_from([-1, 0, 1, 2, 3]),
     "swiglu_limit": st.sampled_from([7.0, 0.0, -1.0, float("inf")]),
     "use_sparse_mixer": FLAGS,
@@ -51,6 +54,7 @@ MOE_ATTRIBUTES = {
         "activation_type",
         "k",
         "normalize_routing_weights",
+        "num_shared_experts",
         "swiglu_fusion",
         "swiglu_limit",
         "use_sparse_mixer",

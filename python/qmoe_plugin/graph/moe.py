@@ -25,11 +25,13 @@ STOCK_ATTRIBUTES = (
     "activation_type",
     "k",
     "normalize_routing_weights",
+    "num_shared_experts",
     "swiglu_fusion",
     "swiglu_limit",
     "use_sparse_mixer",
 )
-"""The attributes of com.microsoft MoE in onnxruntime 1.31.1."""
+"""The attributes of com.microsoft MoE in onnxruntime 1.31.1, and num_shared_experts of its
+development branches."""
 
 STOCK_INPUTS = (
     "input",

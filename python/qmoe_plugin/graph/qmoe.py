@@ -50,13 +50,15 @@ STOCK_ATTRIBUTES = (
     "fc3_expert_weight_bits",
     "k",
     "normalize_routing_weights",
+    "num_shared_experts",
     "quant_type",
     "swiglu_fusion",
     "swiglu_limit",
     "use_sparse_mixer",
     "weights_prepacked",
 )
-"""The attributes of com.microsoft QMoE in onnxruntime 1.31.1."""
+"""The attributes of com.microsoft QMoE in onnxruntime 1.31.1, and num_shared_experts of its
+development branches."""
 
 STOCK_INPUTS = (
     "input",
@@ -260,19 +262,25 @@ def fc1_activation(node: ir.Node, has_fc3: bool) -> str:
 
 
 def routed_experts(node: ir.Node, experts: int) -> int:
-    """Experts a token, after the routing attributes were checked."""
-    topk = integer(node, "k", 1)
+    """Experts that a token goes to, shared ones too, after the routing attributes were checked."""
+    topk, shared = integer(node, "k", 1), integer(node, "num_shared_experts", 0)
     if experts > _MAX_EXPERTS:
         raise UnsupportedError(
             f"the node has {experts} experts; at most {_MAX_EXPERTS} are allowed"
         )
-    if not 1 <= topk <= experts:
+    if not 0 <= shared < experts:
         raise UnsupportedError(
-            f"k is {topk}; it must be from 1 to the number of experts, {experts}"
+            f"num_shared_experts is {shared}; it must be from 0 to {experts - 1}, as one of the "
+            f"{experts} experts at least must be routed"
+        )
+    if not 1 <= topk <= experts - shared:
+        raise UnsupportedError(
+            f"k is {topk}; it must be from 1 to the number of {'routed ' * bool(shared)}experts, "
+            f"{experts - shared}"
         )
     for flag in ("normalize_routing_weights", "use_sparse_mixer"):
         if integer(node, flag, 0) not in (0, 1):
             raise UnsupportedError(f"{flag} is {integer(node, flag, 0)}; it must be 0 or 1")
     if integer(node, "use_sparse_mixer", 0) and topk != 2:
         raise UnsupportedError(f"use_sparse_mixer=1 needs k=2, not k={topk}")
-    return topk
+    return topk + shared

@@ -1,4 +1,4 @@
-"""The ops of com.microsoft that ours are called after, as onnxruntime 1.31.1 has them."""
+"""The ops of com.microsoft that ours are called after, as far as we know them."""
 
 from __future__ import annotations
 

@@ -70,6 +70,7 @@ QMOE_DEFAULTS: Mapping[str, Any] = {
     "swiglu_limit": math.inf,
     "normalize_routing_weights": 0,
     "use_sparse_mixer": 0,
+    "num_shared_experts": 0,
     "expert_weight_bits": None,  # 4 with quant_type "int", else what the format has
     "quant_type": "int",
     "block_size": 0,
@@ -140,7 +141,8 @@ def qmoe(
 ) -> Float64:
     """The QMoE op.
 
-    y = sum_j factor_j * (activation(x W1_j^T + b1_j) W2_j^T + b2_j) over the k chosen experts j.
+    y = sum_j factor_j * (activation(x W1_j^T + b1_j) W2_j^T + b2_j) over the k chosen experts j and
+    the shared ones.
     With quant_type "wfp4afp8", x and the activation's result, rounded to the type of x, are
     quantised first (`quantize_activations`): the one rounding between the inputs and the result.
 
@@ -176,6 +178,7 @@ def qmoe(
         normalize=bool(attrs["normalize_routing_weights"]),
         router_weights=None if router_weights is None else router_weights.reshape(-1, experts),
         use_sparse_mixer=bool(attrs["use_sparse_mixer"]),
+        num_shared_experts=attrs["num_shared_experts"],
     )
     result = np.zeros((len(tokens), hidden))
     for expert in np.unique(expert_ids):
@@ -208,7 +211,7 @@ def moe(
     fc1_bias: Array | None = None,
     fc2_bias: Array | None = None,
     fc3_bias: Array | None = None,
-    **attributes: Any,
+    **attributes: float | str,
 ) -> Float64:
     """The MoE op: QMoE with weights of float types.
 
@@ -226,13 +229,14 @@ def moe(
     Returns:
         float64, the shape of x.
     """
+    attrs: dict[str, Any] = dict(attributes)
     return qmoe(
         x,
         router_probs,
         Projection(fc1, None, bias=fc1_bias),
         Projection(fc2, None, bias=fc2_bias),
         None if fc3 is None else Projection(fc3, None, bias=fc3_bias),
-        **attributes,
+        **attrs,
     )
 
 
