@@ -8,5 +8,7 @@ inline constexpr char kStockDomain[] = "com.microsoft";
 inline constexpr char kQMoeOpName[] = "QMoE";
 inline constexpr char kMoEOpName[] = "MoE";
 inline constexpr char kMatMulNBitsOpName[] = "MatMulNBits";
+inline constexpr char kFp8WeightOpName[] = "MatMulBlockQuantizedFp8Weight";
+inline constexpr char kFp4WeightOpName[] = "MatMulBlockQuantizedFp4Weight";
 
 }  // namespace qmoe_plugin

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "ops/device.h"
@@ -91,6 +92,12 @@ struct MatMulConfig {
   DType dtype = DType::kFloat32;
   int64_t n = 0, k = 0;
   AccuracyLevel accuracy_level = 0;
+  /// If given, A is quantised: it becomes e4m3(A / scale) * scale. Positive.
+  std::optional<float> act_scale = std::nullopt;
+
+  ActivationQuant activation_quant() const {
+    return act_scale ? ActivationQuant::kFp8 : ActivationQuant::kNone;
+  }
 };
 
 struct MatMulTensors {

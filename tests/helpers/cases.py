@@ -342,6 +342,10 @@ class MatMulNBitsCase:
         return formats.get(self.format)
 
     @property
+    def block(self) -> int:
+        return self.block_size
+
+    @property
     def groups(self) -> int:
         return -(-self.k // self.block_size)
 
@@ -436,6 +440,13 @@ class MatMulNBitsCase:
     def expected(self, tensors: Tensors) -> np.ndarray:
         """What the oracle says, float64."""
         return matmul_nbits_oracle(tensors, self.attributes())
+
+    def operands(self, tensors: Tensors) -> tuple[np.ndarray, np.ndarray]:
+        """A, and the weights, float64."""
+        names = ("B", "scales", "zero_points", "g_idx", "codebook", "global_scale")
+        sizes = {"k": self.k, "n": self.n, "block_size": self.block_size}
+        weights = reference.matmul_nbits_weights(*map(tensors.get, names), **sizes, fmt=self.fmt)
+        return tensors["A"].astype(np.float64), weights
 
 
 def matmul_nbits_oracle(tensors: Tensors, attributes: dict[str, int | float | str]) -> np.ndarray:

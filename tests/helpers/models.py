@@ -65,6 +65,15 @@ INPUT_NAMES: dict[str, tuple[str, ...]] = {
     "QMoE": QMOE_INPUTS,
     "MoE": MOE_INPUTS,
     "MatMulNBits": MATMUL_NBITS_INPUTS,
+    "MatMulBlockQuantizedFp8Weight": ("A", "B", "b_scale", "a_scale", "bias"),
+    "MatMulBlockQuantizedFp4Weight": (
+        "A",
+        "B",
+        "weight_scale",
+        "weight_scale_2",
+        "input_scale",
+        "bias",
+    ),
 }
 # Known at run time only; every other input is a weight and must be constant.
 ACTIVATION_INPUTS = frozenset({"input", "router_probs", "router_weights", "A"})

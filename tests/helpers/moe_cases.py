@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -44,11 +45,8 @@ class MoECase:
 
     op_type = "MoE"
     # What kernel selection asks of all kinds of cases.
-    block = 0
     zero_points = False
-    fc2_format = None
     accuracy_level = 0
-    quant_type = None
 
     def __str__(self) -> str:
         return describe(self)
@@ -60,6 +58,12 @@ class MoECase:
     @property
     def format(self) -> str:
         return self.weights or self.dtype
+
+    def format_of(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=self.format, zero_points=False)
+
+    def block_of(self, name: str) -> int:
+        return 0
 
     def attributes(self) -> dict[str, int | float | str]:
         attributes = {

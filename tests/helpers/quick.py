@@ -5,10 +5,13 @@ They are made for every registered format. `pytest -m quick` runs them all.
 
 from __future__ import annotations
 
+from helpers.block_quantized_cases import Fp4WeightCase, Fp8WeightCase
 from helpers.cases import Case, MatMulNBitsCase, QMoECase
 from helpers.dtypes import FLOAT_DTYPES
 from helpers.moe_cases import MoECase
 from qmoe_plugin import formats
+
+BLOCK_QUANTIZED = {made.format: made for made in (Fp8WeightCase, Fp4WeightCase)}
 
 
 def quick_cases(format_name: str) -> list[Case]:
@@ -50,6 +53,13 @@ def quick_cases(format_name: str) -> list[Case]:
                 QMoECase(**common, tokens=7, scale_dtype="float8e4m3fn", global_scales=True),
                 MatMulNBitsCase(**common, m=3, scale_dtype="float8e8m0", global_scales=True),
                 MatMulNBitsCase(**common, m=9, scale_dtype="float8e4m3fn"),
+            ]
+        if format_name in BLOCK_QUANTIZED:
+            made = BLOCK_QUANTIZED[format_name]
+            cases += [
+                made(dtype=dtype, m=1, n=40, k=288),
+                made(dtype=dtype, m=2, n=17, k=94, block_size=32, a_scale=True),
+                made(dtype=dtype, m=70, n=130, k=320, bias=False, a_scale=True),
             ]
         zero_points = "packed" if fmt.zero_points else "none"
         cases += [

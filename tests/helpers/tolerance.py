@@ -64,20 +64,8 @@ def error_scale(case: Case, tensors: Tensors) -> np.ndarray:
     """The yardstick of each element of the result, float64; see the top of this file."""
     if case.op_type in ("QMoE", "MoE"):
         return qmoe_error_scale(tensors, dict(case.attributes()))[0]
-    attributes = case.attributes()
-    weights = reference.matmul_nbits_weights(
-        tensors["B"],
-        tensors["scales"],
-        tensors.get("zero_points"),
-        tensors.get("g_idx"),
-        tensors.get("codebook"),
-        tensors.get("global_scale"),
-        k=int(attributes["K"]),
-        n=int(attributes["N"]),
-        block_size=int(attributes["block_size"]),
-        fmt=reference.matmul_nbits_format(attributes),
-    )
-    walk = _walk(tensors["A"].astype(np.float64), weights, tensors.get("bias"))
+    inputs, weights = case.operands(tensors)
+    walk = _walk(inputs, weights, tensors.get("bias"))
     return np.abs(case.expected(tensors)) + walk
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from helpers.blank import SCALE_TYPES, Blank
+from helpers.block_quantized_cases import Fp4WeightCase, Fp8WeightCase
 from helpers.cases import MatMulNBitsCase, QMoECase
 from helpers.models import one_node_model
 from helpers.moe_cases import MoECase
@@ -191,6 +192,19 @@ MATMUL_CASES = st.builds(
 )
 
 
+BLOCK_QUANTIZED_CASES = st.sampled_from([Fp8WeightCase, Fp4WeightCase]).flatmap(
+    lambda made: st.builds(
+        made,
+        dtype=st.sampled_from(["float32", "float16"]),
+        block_size=st.sampled_from([None, 16, 32, 1024]),
+        n=st.sampled_from([16, 33]),
+        k=st.sampled_from([16, 34]),
+        a_scale=st.booleans(),
+        bias=st.booleans(),
+    )
+)
+
+
 def subsets(attributes):
     """A few of the attributes, each with one of its values."""
     return st.lists(st.sampled_from(sorted(attributes)), max_size=1, unique=True).flatmap(
@@ -212,7 +226,7 @@ def reshaped(draw, tensors):
     if change == "transpose":
         changed = np.ascontiguousarray(np.swapaxes(tensor, -1, -2)) if tensor.ndim > 1 else tensor
     elif change == "shorten":
-        changed = tensor[..., :-1]
+        changed = tensor[..., :-1] if tensor.ndim else tensor
     elif change == "flatten":
         changed = tensor.reshape(-1)
     elif change == "wider":
@@ -369,3 +383,13 @@ def test_packed_weights(data):
         limit = 5 if node.op_type == "MatMulNBits" else 20
         model = with_input(model, min(index, limit), data.draw(PACKED_INPUTS))
     compare(model)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_block_quantized(data):
+    case = data.draw(BLOCK_QUANTIZED_CASES)
+    tensors = data.draw(reshaped(case.tensors()))
+    model = one_node_model(case.op_type, tensors, case.attributes(), domain="com.microsoft")
+    attributes = {"block_size": st.sampled_from([0, 8, 16, 24, 128])}
+    compare(with_attributes(model, data.draw(subsets(attributes))))

@@ -61,6 +61,7 @@ def describe(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our ops cannot run it.
     """
+    from qmoe_plugin.graph.matmul_block_quantized import describe_fp4_weight, describe_fp8_weight
     from qmoe_plugin.graph.matmul_nbits import describe_matmul_nbits
     from qmoe_plugin.graph.moe import describe_moe
     from qmoe_plugin.graph.qmoe import describe_qmoe
@@ -70,5 +71,11 @@ def describe(node: ir.Node) -> Description:
             f"{node.domain or 'ai.onnx'}.{node.op_type} is not one of our ops; they are "
             f"{', '.join(OPS)} of {STOCK_DOMAIN} or {DOMAIN}"
         )
-    by_op = {"QMoE": describe_qmoe, "MoE": describe_moe, "MatMulNBits": describe_matmul_nbits}
+    by_op = {
+        "QMoE": describe_qmoe,
+        "MoE": describe_moe,
+        "MatMulNBits": describe_matmul_nbits,
+        "MatMulBlockQuantizedFp8Weight": describe_fp8_weight,
+        "MatMulBlockQuantizedFp4Weight": describe_fp4_weight,
+    }
     return by_op[node.op_type](node)

@@ -21,7 +21,7 @@ class NodeAnswer:
 
     Attributes:
         name: Name of the node.
-        op_type: "QMoE" or "MatMulNBits".
+        op_type: As in "QMoE", one of our ops.
         domain: Where it is now.
         explanations: One a matrix product.
         reason: Why our op cannot run it whatever the kernel; "" if it can.
@@ -54,7 +54,7 @@ def explain_model(
     tokens: int = 1,
     name: str | None = None,
 ) -> list[NodeAnswer]:
-    """Explains each QMoE and MatMulNBits node of a model.
+    """Explains each node of our ops in a model.
 
     Weights are not read, but for the headers of those that were packed before.
 

@@ -33,6 +33,8 @@ from qmoe_plugin.reference.weights import (
     Projection,
     dequantize_projection,
     expand_zero_points,
+    fp4_weights,
+    fp8_weights,
     matmul_nbits_weights,
 )
 
@@ -43,6 +45,10 @@ __all__ = [
     "activate",
     "dequantize_projection",
     "expand_zero_points",
+    "fp4_weights",
+    "fp8_weights",
+    "matmul_fp4_weight",
+    "matmul_fp8_weight",
     "matmul_nbits",
     "matmul_nbits_format",
     "matmul_nbits_weights",
@@ -281,5 +287,61 @@ def matmul_nbits(
         block_size=attrs["block_size"],
         fmt=matmul_nbits_format(attrs),
     )
+    product = a.astype(np.float64) @ weights.T
+    return np.asarray(product if bias is None else product + bias.astype(np.float64))
+
+
+def matmul_fp8_weight(
+    a: Array,
+    b: Array,
+    b_scale: Array,
+    a_scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    block_size: int = 128,
+) -> Float64:
+    """The MatMulBlockQuantizedFp8Weight op: Y[..., N] = A[..., K] W[N, K]^T + bias[N].
+
+    Args:
+        a: [..., K], any float type.
+        b: As `fp8_weights` takes it, and so the next.
+        b_scale: One a block.
+        a_scale: None, or a scalar s: A becomes e4m3(A / s) * s first (`quantize_fp8`).
+        bias: None or [N].
+        block_size: Codes that share a scale.
+
+    Returns:
+        float64 [..., N].
+    """
+    x = a.astype(np.float64) if a_scale is None else quantize_fp8(a, float(a_scale.reshape(())))
+    product = x @ fp8_weights(b, b_scale, block_size).T
+    return np.asarray(product if bias is None else product + bias.astype(np.float64))
+
+
+def matmul_fp4_weight(
+    a: Array,
+    b: Array,
+    weight_scale: Array,
+    weight_scale_2: Array,
+    input_scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    block_size: int = 16,
+) -> Float64:
+    """The MatMulBlockQuantizedFp4Weight op: Y[..., N] = A[..., K] W[N, K]^T + bias[N].
+
+    Args:
+        a: [..., K], any float type.
+        b: As `fp4_weights` takes it, and so the next two.
+        weight_scale: One a block.
+        weight_scale_2: A factor on all.
+        input_scale: Of no effect.
+        bias: None or [N].
+        block_size: Codes that share a scale.
+
+    Returns:
+        float64 [..., N].
+    """
+    weights = fp4_weights(b, weight_scale, weight_scale_2, block_size)
     product = a.astype(np.float64) @ weights.T
     return np.asarray(product if bias is None else product + bias.astype(np.float64))
