@@ -7,7 +7,6 @@ import copy
 import functools
 
 import numpy as np
-import onnxruntime
 import pytest
 from helpers.bad import REMOVE, Bad, add, drop, id_of, put, to
 from helpers.cases import ACTIVATIONS, GATED, feeds_of
@@ -121,6 +120,19 @@ def test_beside_the_stock_op(case: MoECase) -> None:
     assert (np.abs(stock.astype(np.float64) - ours) <= allowed).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("activation", ["swiglu", "silu", "relu"])
+def test_beside_the_stock_op_on_the_gpu(activation: str, dtype: str, cuda: None) -> None:
+    fusion = 1 if activation == "swiglu" else 0
+    case = Case(dtype=dtype, hidden=128, inter=256, tokens=9, activation=activation, fusion=fusion)
+    tensors, ours = run_case(case, "cuda")
+    session = open_session(case.model(tensors, STOCK_DOMAIN), "cuda", register=False)
+    stock = run(session, feeds_of(tensors)).astype(np.float64)
+    allowed = 2 * tolerance(case) * error_scale(case, tensors)
+    assert (np.abs(stock - ours.astype(np.float64)) <= allowed).all()
+
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_retarget_and_back(dtype: str) -> None:
     case = Case(dtype=dtype, experts=5, shared=1)
@@ -133,16 +145,6 @@ def test_retarget_and_back(dtype: str) -> None:
     check(case, tensors, run(open_session(model), feeds_of(tensors)))
     qmoe_plugin.unretarget(model)
     assert model == before
-
-
-def test_unmodified_models_run_by_override() -> None:
-    """In bfloat16, which the stock CPU op does not have."""
-    case = Case(dtype="bfloat16", fusion=2)
-    tensors = case.tensors()
-    options = onnxruntime.SessionOptions()
-    qmoe_plugin.register(options, override=True)
-    session = open_session(case.model(tensors, STOCK_DOMAIN), options=options)
-    check(case, tensors, run(session, feeds_of(tensors)))
 
 
 def test_weights_in_a_file(tmp_path, device: str) -> None:
