@@ -66,7 +66,7 @@ class TilePacker {
         shape_(ShapeOf(header)),
         layout_(GetTileLayout(header.layout)),
         gated_(header.flags & PackedHeader::kGated),
-        codes_(16 * shape_.k_padded),
+        codes_(16 * shape_.k_padded * reader.format().code_bytes()),
         scales_(reader.groups()),
         offsets_(reader.groups()) {}
 
@@ -84,7 +84,7 @@ class TilePacker {
     uint8_t* code_rows[16];
     for (int i = 0; i < rows; ++i) {
       const int tile_row = layout_.tile_row(i, gated_), slot = layout_.slot(tile_row);
-      code_rows[i] = codes_.data() + tile_row * shape_.k_padded;
+      code_rows[i] = codes_.data() + tile_row * shape_.k_padded * reader_.format().code_bytes();
       PackScales(expert, first_row + i, slot, out);
       if (out.bias) reinterpret_cast<float*>(out.bias)[slot] = reader_.Bias(expert, first_row + i);
     }
@@ -124,7 +124,7 @@ class TilePacker {
   const PackedShape shape_;
   const TileLayout& layout_;
   const bool gated_;
-  std::vector<uint8_t> codes_;  // [16][k_padded]
+  std::vector<uint8_t> codes_;  // [16][k_padded], code_bytes() each
   std::vector<float> scales_, offsets_;
 };
 

@@ -21,8 +21,8 @@ struct TileLayout {
   /// Slot (0 to 15) in block_scales, zero_offsets, row_scales and bias of a tile row. The same for
   /// all four.
   int (*slot)(int tile_row);
-  /// Lays out the codes of one tile, [16][k_padded] one byte each, tile rows in order, into
-  /// tile_bytes bytes.
+  /// Lays out the codes of one tile, [16][k_padded] of Format::code_bytes() each, tile rows in
+  /// order, into tile_bytes bytes.
   void (*encode_tile)(const Format& format, const uint8_t* codes, int64_t k_padded, uint8_t* out);
 };
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "ops/device.h"
@@ -51,15 +52,20 @@ struct MoeConfig {
   int64_t hidden_size = 0;        // H
   int64_t inter_size = 0;         // I
   int64_t experts = 0;            // E, 1 to 1024
-  int64_t topk = 1;               // 1 to E
+  int64_t topk = 1;               // experts that a token goes to, the shared ones among them
+  int64_t shared_experts = 0;     // S: the last S experts take every token, the others are routed
   bool normalize_routing_weights = false;
-  bool use_sparse_mixer = false;  // topk must be 2
+  bool use_sparse_mixer = false;  // there must be 2 routed experts a token
   ActivationParams activation;
   AccuracyLevel accuracy_level = 0;
   ActivationQuant activation_quant = ActivationQuant::kNone;
   /// Scales of each expert's activations in fc1 and fc2, which become e4m3(x / scale) * scale: E
   /// positive values each for kFp8, else empty.
   std::vector<float> fc1_act_scales, fc2_act_scales;
+
+  int64_t routed_experts() const { return experts - shared_experts; }
+  /// Experts that are chosen for a token: k.
+  int64_t routed_topk() const { return topk - shared_experts; }
 };
 
 /// The weights of a QMoE node as the model stores them.
@@ -86,6 +92,12 @@ struct MatMulConfig {
   DType dtype = DType::kFloat32;
   int64_t n = 0, k = 0;
   AccuracyLevel accuracy_level = 0;
+  /// If given, A is quantised: it becomes e4m3(A / scale) * scale. Positive.
+  std::optional<float> act_scale = std::nullopt;
+
+  ActivationQuant activation_quant() const {
+    return act_scale ? ActivationQuant::kFp8 : ActivationQuant::kNone;
+  }
 };
 
 struct MatMulTensors {

@@ -103,6 +103,8 @@ void RequireValues(const Format& format) {
   QMOE_REQUIRE(!format.codebook, "format ", format.name,
                " has no values of its own, the model gives them; it cannot be quantised or "
                "dequantised by its name alone");
+  QMOE_REQUIRE(!format.plain(), "format ", format.name,
+               " is not quantised: its weights are the numbers themselves");
 }
 
 }  // namespace

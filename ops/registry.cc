@@ -88,7 +88,9 @@ const Kernel& Select(const Device& device, const GemmProblem& problem) {
 
 std::string Describe(const GemmProblem& p) {
   return Concat(Name(p.stage), " ", p.format->name,
-                p.block_size ? Concat(" block ", p.block_size) : " per channel",
+                p.block_size        ? Concat(" block ", p.block_size)
+                : p.format->plain() ? ""
+                                    : " per channel",
                 p.zero_points ? " with zero points" : "", ", ", p.experts,
                 p.experts == 1 ? " expert, " : " experts, ", p.n, " x ", p.k, ", ", p.rows,
                 p.rows == 1 ? " row, " : " rows, ", Name(p.dtype));

@@ -133,6 +133,8 @@ const char* Name(StoredLayout layout) {
 }
 
 std::string RefuseStoredLayout(StoredLayout layout, int64_t n, int64_t k, int bits) {
+  if (bits > 8 && layout != StoredLayout::kRaw)
+    return Concat("it holds codes of up to 8 bits, not ", bits, "-bit ones");
   switch (layout) {
     case StoredLayout::kRaw:
       return "";
@@ -159,6 +161,11 @@ void ReadStoredRows(StoredLayout layout, const uint8_t* matrix, int64_t n, int64
       return ReadRows<2>(layout, matrix, n, k, row_bytes, row, count, out);
     case 4:
       return ReadRows<4>(layout, matrix, n, k, row_bytes, row, count, out);
+    case 16:
+    case 32:
+      for (int i = 0; i < count; ++i)
+        std::memcpy(out[i], matrix + (row + i) * row_bytes, size_t(k * bits / 8));
+      return;
     default:
       return ReadRows<8>(layout, matrix, n, k, row_bytes, row, count, out);
   }

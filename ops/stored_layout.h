@@ -25,7 +25,8 @@ const char* Name(StoredLayout layout);
 /// Why the layout cannot hold a matrix [n, k] of codes with so many bits; empty if it can.
 std::string RefuseStoredLayout(StoredLayout layout, int64_t n, int64_t k, int bits);
 
-/// Codes [k] of rows row, row + 1, ... (`count` of them), one byte each, into out[0], out[1], ...
+/// Codes [k] of rows row, row + 1, ... (`count` of them), one byte each (16-bit and 32-bit ones, which
+/// are always raw: 2 and 4 bytes), into out[0], out[1], ...
 /// `matrix` is the expert's first byte, `row_bytes` the length of a raw row. Several rows at once
 /// because neighbours share cache lines where a row's own codes lie apart.
 void ReadStoredRows(StoredLayout layout, const uint8_t* matrix, int64_t n, int64_t k, int bits,

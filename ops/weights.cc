@@ -22,11 +22,21 @@ std::string ShapeText(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
+void CheckPlain(const Projection& p) {
+  const std::vector<int64_t> shape{p.experts, p.n, p.k};
+  QMOE_REQUIRE(p.codes.dtype == p.format->plain_type && p.codes.shape == shape, p.name,
+               " weights are ", p.codes.Describe(), "; they must be ", Name(p.format->plain_type),
+               ShapeText(shape), " = [experts, rows, columns]");
+  QMOE_REQUIRE(!p.scales.present && !p.global_scale.present && p.block_size == 0 &&
+                   p.layout == StoredLayout::kRaw && !p.group_index.present,
+               p.name, " weights are ", p.format->name,
+               ", which have no scales, blocks, g_idx or prepacked layouts; leave them out");
+}
+
 void CheckCodes(const Projection& p) {
   const int bits = p.format->bits;
   const int64_t tight = CeilDiv(p.k * bits, 8);
   const int64_t padded = p.block_size ? p.groups() * p.block_size * bits / 8 : tight;
-  QMOE_REQUIRE(p.codes.present, p.name, " weights are missing");
   const bool takes_float8 = std::string_view(p.format->name) == "fp8_e4m3";
   const bool float8 = p.codes.dtype == DType::kFloat8E4M3 && takes_float8;
   QMOE_REQUIRE(p.codes.dtype == DType::kUint8 || float8, p.name, " weights are ",
@@ -84,8 +94,13 @@ void CheckProjection(const Projection& p) {
                "; it must be a power of two from 16 to 65536");
   QMOE_REQUIRE(p.scale_rows == 1 || p.scale_rows == p.block_size, p.name, " shares scales among ",
                p.scale_rows, " rows; blocks are one row high, or square");
-  CheckCodes(p);
-  CheckScales(p);
+  QMOE_REQUIRE(p.codes.present, p.name, " weights are missing");
+  if (p.format->plain()) {
+    CheckPlain(p);
+  } else {
+    CheckCodes(p);
+    CheckScales(p);
+  }
   QMOE_REQUIRE(p.format->zero_points || !p.zero_points.present, p.name,
                " has zero points, but format ", p.format->name, " takes none; remove them");
   if (p.sum_scale.present) {
@@ -259,7 +274,10 @@ void RowReader::Codes(int64_t expert, int64_t row, int count, uint8_t* const* ou
   }
   for (int i = 0; i < count; ++i) {
     if (!k_order_.empty()) ReorderCodes(out[i]);
-    if (format().has_nan) RefuseNaN(expert, row + i, out[i]);
+    if (format().plain())
+      RefuseInfinite(expert, row + i, out[i]);
+    else if (format().has_nan)
+      RefuseNaN(expert, row + i, out[i]);
   }
 }
 
@@ -280,6 +298,27 @@ void RowReader::RefuseNaN(int64_t expert, int64_t row, const uint8_t* codes) con
     QMOE_REQUIRE(!std::isnan(values[codes[k]]), p->name, " weight of expert ", expert, ", row ",
                  stored, ", column ", k_order_.empty() ? k : k_order_[size_t(k)], " is NaN (code ",
                  int(codes[k]), "); weights must be finite");
+}
+
+void RowReader::RefuseInfinite(int64_t expert, int64_t row, const uint8_t* codes) const {
+  // The exponent is all ones in infinities and NaN alone.
+  const DType dtype = format().plain_type;
+  const auto all_finite = [this](const auto* bits, uint32_t exponent) {
+    bool found = false;
+    for (int64_t k = 0; k < packed_k_; ++k) found |= (bits[k] & exponent) == exponent;
+    return !found;
+  };
+  const bool finite = dtype == DType::kFloat32
+                          ? all_finite(reinterpret_cast<const uint32_t*>(codes), 0x7f800000u)
+                          : all_finite(reinterpret_cast<const uint16_t*>(codes),
+                                       dtype == DType::kFloat16 ? 0x7c00u : 0x7f80u);
+  if (finite) return;
+  const auto [p, stored] = Locate(row);
+  for (int64_t k = 0; k < packed_k_; ++k) {
+    const float value = LoadFloat(codes, dtype, size_t(k));
+    QMOE_REQUIRE(std::isfinite(value), p->name, " weight of expert ", expert, ", row ", stored,
+                 ", column ", k, " is ", value, "; weights must be finite");
+  }
 }
 
 void RowReader::Scales(int64_t expert, int64_t row, float* out) const {

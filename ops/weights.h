@@ -42,10 +42,10 @@ struct Projection {
   int64_t scale_rows = 1;  // rows that share a scale; block_size for square blocks
   StoredLayout layout = StoredLayout::kRaw;
   /// uint8 (or float8e4m3fn for 8-bit floats) [E, N, ceil(stored K * bits / 8)], stored K = K or G * block_size;
-  /// for other layouts than kRaw also [E, K, N * bits / 8].
+  /// for other layouts than kRaw also [E, K, N * bits / 8]. Plain formats: the weights, [E, N, K].
   TensorView codes = {};
   /// Float types, float8e4m3fn or float8e8m0 (or uint8, read as float8e8m0, if scales_are_e8m0), [E, R, G] or, if G is
-  /// 1, [E, R]. May be absent where there is a global scale.
+  /// 1, [E, R]. May be absent where there is a global scale. Plain formats have none of either.
   TensorView scales = {};
   bool scales_are_e8m0 = false;
   /// Optional, integer formats: uint8 packed along the last axis, [E, N, ceil(G * bits / 8)], per channel
@@ -93,7 +93,7 @@ class RowReader {
   /// is as stored.
   const std::vector<int32_t>& k_order() const { return k_order_; }
 
-  /// Codes of one row, [k()].
+  /// Codes of one row, [k()] of Format::code_bytes() each.
   void Codes(int64_t expert, int64_t row, uint8_t* out) const { Codes(expert, row, 1, &out); }
   /// Codes of rows row, row + 1, ... into out[0], out[1], ...: at most kMaxRows, which is faster.
   void Codes(int64_t expert, int64_t row, int count, uint8_t* const* out) const;
@@ -127,6 +127,7 @@ class RowReader {
   void ReadCodebook();
   void ReorderCodes(uint8_t* codes) const;
   void RefuseNaN(int64_t expert, int64_t row, const uint8_t* codes) const;
+  void RefuseInfinite(int64_t expert, int64_t row, const uint8_t* codes) const;
   static ZeroPoints ZeroPointsOf(const Projection& projection);
 
   std::vector<Projection> parts_;

@@ -128,14 +128,14 @@ py::list PyFormats() {
   py::list formats;
   for (const Format* format : Formats()) {
     std::vector<double> values;
-    for (int code = 0; code < (1 << format->bits); ++code)
+    for (int code = 0; !format->plain() && code < (1 << format->bits); ++code)
       values.push_back(double(format->centered[code]) + double(format->default_zero_point));
     py::dict row;
     row["name"] = format->name;
     row["bits"] = format->bits;
     row["default_zero_point"] = format->default_zero_point;
     row["zero_points"] = format->zero_points;
-    row["values"] = values;
+    row["values"] = values;  // none of plain formats
     row["scales"] = ScaleName(format->scales);
     row["block_size"] = format->block_size;
     row["square_blocks"] = format->square_blocks;

@@ -1,4 +1,4 @@
-// Small float codes as numbers, on host and device.
+// Small float codes as numbers, on host and device; and what decoders of fragments share.
 #pragma once
 
 #include "ops/formats/format.h"
@@ -30,14 +30,24 @@ QMOE_HOST_DEVICE inline float DecodeE4M3(uint32_t code) {
 }
 
 #if defined(__CUDACC__)
-/// half2, exactly, as half2, float2 or bfloat162.
+/// float2, rounded where need be, as half2, float2 or bfloat162.
+template <class T2>
+__device__ inline T2 FromFloat2(float2 v) {
+  if constexpr (std::is_same_v<T2, __half2>)
+    return __floats2half2_rn(v.x, v.y);
+  else if constexpr (std::is_same_v<T2, __nv_bfloat162>)
+    return __floats2bfloat162_rn(v.x, v.y);
+  else
+    return v;
+}
+
+/// half2 as half2, float2 (both exactly) or bfloat162 (rounded where need be).
 template <class T2>
 __device__ inline T2 FromHalf2(__half2 v) {
   if constexpr (std::is_same_v<T2, __half2>) {
     return v;
   } else if constexpr (std::is_same_v<T2, __nv_bfloat162>) {
-    const float2 f = __half22float2(v);
-    return __floats2bfloat162_rn(f.x, f.y);
+    return FromFloat2<T2>(__half22float2(v));
   } else {
     return __half22float2(v);
   }

@@ -46,19 +46,28 @@ std::string Refuse(const GemmProblem& problem) {
   return {};
 }
 
-bool IsSigned(const Format& format) {
+Codes CodesOf(const Format& format) {
+  if (format.plain_type == DType::kFloat16) return Codes::kFloat16;
+  if (format.plain_type == DType::kBFloat16) return Codes::kBFloat16;
+  if (format.plain_type == DType::kFloat32) return Codes::kFloat32;
   const int codes = 1 << format.bits;
   for (int code = 0; code < codes; ++code)
-    if (format.centered[code] != float(code - codes / 2)) return false;
-  return true;
+    if (format.centered[code] != float(code - codes / 2)) return Codes::kTable;
+  return Codes::kSigned;
+}
+
+/// The values of the codes, repeated for those under 8 bits; zeros for plain formats.
+void FillTable(const Format& format, float* table) {
+  for (int i = 0; i < 256; ++i)
+    table[i] = format.plain() ? 0.0f : format.centered[i & ((1 << format.bits) - 1)];
 }
 
 void Register(const CpuIsa& isa, int priority, bool (*available)()) {
   static std::deque<CpuGemm> launches;  // live as long as the registry; a deque never moves them
   for (const Format* format : Formats()) {
     CpuGemm& launch =
-        launches.emplace_back(CpuGemm{&isa, isa.gemm(format->bits, IsSigned(*format)), {}});
-    for (int i = 0; i < 256; ++i) launch.table[i] = format->centered[i & ((1 << format->bits) - 1)];
+        launches.emplace_back(CpuGemm{&isa, isa.gemm(format->bits, CodesOf(*format)), {}});
+    FillTable(*format, launch.table);
     const std::string stem = std::string("gemm_") + isa.name;
     RegisterKernel({.name = stem + "." + format->name,
                     .stem = stem,

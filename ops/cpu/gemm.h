@@ -5,8 +5,8 @@
 //   gemm_avx512.<format>      AVX-512 F, BW, VL, DQ
 //
 // All take every registered format (2, 4 or 8 bits: codes are decoded by a table, or as signed
-// integers where the format allows), every activation type, per channel and any block size that is
-// a multiple of 16. The highest level that the processor has is used; environment variable
+// integers where the format allows; plain floats), every activation type, per channel and any block
+// size that is a multiple of 16. The highest level that the processor has is used; environment variable
 // QMOE_PLUGIN_CPU_ISA = reference | avx2 | avx512 lowers it.
 //
 // Sums are the same whatever the number of rows, threads or tasks: an element adds up the products
@@ -39,7 +39,8 @@ struct GemmArgs {
   int64_t panels;
   int64_t k_padded;
   int64_t block_size;  // 0 = per channel
-  const float* table;  // [256] centered value of a code, repeated for codes under 8 bits
+  const float* table;  // [256] centered value of a code, repeated for codes under 8 bits; not read
+                       // for Codes other than kTable
   // Activations, zero from k to k_padded.
   const float* x;  // [*, ldx]
   int64_t ldx;
@@ -49,14 +50,22 @@ struct GemmArgs {
   int64_t ldy;
 };
 
+/// How codes become numbers.
+enum class Codes {
+  kTable,   // by GemmArgs::table
+  kSigned,  // code - 2^(bits - 1), so that arithmetic can do it
+  kFloat16,
+  kBFloat16,
+  kFloat32
+};
+
 using GemmFunction = void (*)(const GemmArgs&);
 
 /// The functions of one instruction set. Each gemm_<isa>.cc defines one of these.
 struct CpuIsa {
   const char* name;  // "avx512"
-  /// The GEMM for codes of so many bits. `is_signed`: a code means code - 2^(bits - 1), so it may
-  /// be decoded by arithmetic; otherwise by the table.
-  GemmFunction (*gemm)(int bits, bool is_signed);
+  /// The GEMM for codes of so many bits.
+  GemmFunction (*gemm)(int bits, Codes codes);
   /// The activation, from fc1 sums x to y[n]; x is [n], or [2 n] of (gate, up) pairs when gated.
   void (*activate)(const ActivationParams& params, const float* x, int64_t n, float* y);
   /// y[i] += factor * x[i]

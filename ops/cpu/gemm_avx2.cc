@@ -137,6 +137,40 @@ struct SignedDecoder {
   }
 };
 
+/// Plain codes of 16 or 32 bits.
+struct HalfDecoder {
+  static constexpr int kBits = 16;
+  explicit HalfDecoder(const float*) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    const Vec::I low = _mm256_and_si256(_mm256_srli_epi32(codes, kShift), _mm256_set1_epi32(65535));
+    const Vec::I packed = _mm256_packus_epi32(low, low);  // the two 128-bit halves apart
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  }
+};
+
+struct BFloat16Decoder {
+  static constexpr int kBits = 16;
+  explicit BFloat16Decoder(const float*) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    return _mm256_castsi256_ps(kShift ? _mm256_and_si256(codes, _mm256_set1_epi32(int(0xffff0000)))
+                                      : _mm256_slli_epi32(codes, 16));
+  }
+};
+
+struct FloatDecoder {
+  static constexpr int kBits = 32;
+  explicit FloatDecoder(const float*) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    return _mm256_castsi256_ps(codes);
+  }
+};
+
 /// Four rows: 2 x 4 running sums hide the latency of the FMAs, and with more of them (and the two
 /// codes, weights and zero offsets) the 16 registers spill in the inner loop.
 inline constexpr int kTileRows[] = {1, 2, 3, 4};
@@ -147,7 +181,11 @@ constexpr int VectorsInFlight(int rows) { return rows == 1 ? 4 : 2; }
 #include "ops/cpu/elementwise.inc"
 #include "ops/cpu/gemm_tile.inc"
 
-GemmFunction SelectGemm(int bits, bool is_signed) {
+GemmFunction SelectGemm(int bits, Codes codes) {
+  if (codes == Codes::kFloat16) return Gemm<HalfDecoder>;
+  if (codes == Codes::kBFloat16) return Gemm<BFloat16Decoder>;
+  if (codes == Codes::kFloat32) return Gemm<FloatDecoder>;
+  const bool is_signed = codes == Codes::kSigned;
   if (bits == 2) return Gemm<TableDecoder<2>>;
   if (bits == 4) return is_signed ? Gemm<SignedDecoder<4>> : Gemm<TableDecoder<4>>;
   return is_signed ? Gemm<SignedDecoder<8>> : Gemm<TableDecoder<8>>;

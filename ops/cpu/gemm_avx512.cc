@@ -122,6 +122,38 @@ struct SignedDecoder {
   }
 };
 
+/// Plain codes of 16 or 32 bits.
+struct HalfDecoder {
+  static constexpr int kBits = 16;
+  explicit HalfDecoder(const float*) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(codes, kShift)));
+  }
+};
+
+struct BFloat16Decoder {
+  static constexpr int kBits = 16;
+  explicit BFloat16Decoder(const float*) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    return _mm512_castsi512_ps(kShift ? _mm512_and_si512(codes, _mm512_set1_epi32(int(0xffff0000)))
+                                      : _mm512_slli_epi32(codes, 16));
+  }
+};
+
+struct FloatDecoder {
+  static constexpr int kBits = 32;
+  explicit FloatDecoder(const float*) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    return _mm512_castsi512_ps(codes);
+  }
+};
+
 /// The largest tile has 12 running sums and 12 totals, which leaves 8 registers to decode with.
 inline constexpr int kTileRows[] = {1, 2, 3, 4, 6, 8, 10, 12};
 inline constexpr int kMaxRows = 12;
@@ -131,10 +163,13 @@ constexpr int VectorsInFlight(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 :
 #include "ops/cpu/elementwise.inc"
 #include "ops/cpu/gemm_tile.inc"
 
-GemmFunction SelectGemm(int bits, bool is_signed) {
+GemmFunction SelectGemm(int bits, Codes codes) {
+  if (codes == Codes::kFloat16) return Gemm<HalfDecoder>;
+  if (codes == Codes::kBFloat16) return Gemm<BFloat16Decoder>;
+  if (codes == Codes::kFloat32) return Gemm<FloatDecoder>;
   if (bits == 2) return Gemm<TableDecoder<2>>;
   if (bits == 4) return Gemm<TableDecoder<4>>;
-  return is_signed ? Gemm<SignedDecoder> : Gemm<TableDecoder<8>>;
+  return codes == Codes::kSigned ? Gemm<SignedDecoder> : Gemm<TableDecoder<8>>;
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
 // The portable kernel: plain C++ in the words of gemm.h. Runs where there is no faster one, and is
 // what the tests compare the others with.
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 
 #include "ops/cpu/gemm.h"
 #include "ops/cpu/layout.h"
@@ -15,8 +17,21 @@ using cpu::kPanelRows;
 /// K of one dequantised stretch; also the longest run of products that is added up in one go.
 constexpr int64_t kStretch = 128;
 
+/// The number that a code is.
+template <int Bits, Codes kCodes>
+float Number(uint32_t code, const float* table) {
+  if constexpr (kCodes == Codes::kFloat16)
+    return HalfToFloat(uint16_t(code));
+  else if constexpr (kCodes == Codes::kBFloat16)
+    return BFloat16ToFloat(uint16_t(code));
+  else if constexpr (kCodes == Codes::kFloat32)
+    return std::bit_cast<float>(code);
+  else
+    return table[code & ((1u << Bits) - 1)];
+}
+
 /// One panel of GemmArgs.
-template <int Bits>
+template <int Bits, Codes kCodes>
 class Panel {
  public:
   Panel(const GemmArgs& args, int64_t panel) : args_(args), panel_(panel) {
@@ -33,18 +48,19 @@ class Panel {
   /// Centered values plus zero offsets of k in [first, last), which lie in block g: w[k -
   /// first][n].
   void Decode(int64_t first, int64_t last, int64_t g, float (*w)[kPanelRows]) const {
-    constexpr int kCodes = 32 / Bits;
+    constexpr int kInDword = 32 / Bits;
     const uint8_t* codes = args_.codes + panel_ * (args_.k_padded * kPanelRows * Bits / 8);
     float offsets[kPanelRows] = {};
     if (args_.zero_offsets)
       for (int n = 0; n < kPanelRows; ++n)
         offsets[n] = Value(args_.zero_offsets, panel_ * std::max<int64_t>(groups_, 1) + g, n);
     for (int64_t k = first; k < last; ++k) {
-      const int shift = cpu::CodeShift(Bits, int(k % kCodes));
-      const uint8_t* byte = codes + k / kCodes * 64 + shift / 8;
-      for (int n = 0; n < kPanelRows; ++n)
-        w[k - first][n] =
-            args_.table[(byte[4 * n] >> (shift % 8)) & ((1 << Bits) - 1)] + offsets[n];
+      const int shift = cpu::CodeShift(Bits, int(k % kInDword));
+      for (int n = 0; n < kPanelRows; ++n) {
+        uint32_t dword;
+        std::memcpy(&dword, codes + k / kInDword * 64 + 4 * n, sizeof dword);
+        w[k - first][n] = Number<Bits, kCodes>(dword >> shift, args_.table) + offsets[n];
+      }
     }
   }
 
@@ -69,9 +85,9 @@ void AddBlock(const float* x, int64_t first, int64_t last, const float (*w)[kPan
 }
 
 /// Adds block g, columns [first, last), of one panel to the totals of all rows, in y.
-template <int Bits>
-void AddBlockToRows(const GemmArgs& args, const Panel<Bits>& panel, int64_t first, int64_t last,
-                    int64_t g, float* y) {
+template <class P>
+void AddBlockToRows(const GemmArgs& args, const P& panel, int64_t first, int64_t last, int64_t g,
+                    float* y) {
   float w[kStretch][kPanelRows], scales[kPanelRows];
   panel.Decode(first, last, g, w);
   for (int n = 0; n < kPanelRows; ++n) scales[n] = panel.Scale(g, n);
@@ -81,10 +97,10 @@ void AddBlockToRows(const GemmArgs& args, const Panel<Bits>& panel, int64_t firs
   }
 }
 
-template <int Bits>
+template <int Bits, Codes kCodes>
 void Gemm(const GemmArgs& args) {
   for (int64_t p = 0; p < args.panels; ++p) {
-    const Panel<Bits> panel(args, p);
+    const Panel<Bits, kCodes> panel(args, p);
     float* const y = args.y + p * kPanelRows;
     for (int64_t r = 0; r < args.rows; ++r) std::fill_n(y + r * args.ldy, kPanelRows, 0.0f);
     const int64_t block = args.block_size ? args.block_size : args.k_padded;
@@ -104,8 +120,12 @@ void Gemm(const GemmArgs& args) {
   }
 }
 
-GemmFunction SelectGemm(int bits, bool) {
-  return bits == 2 ? Gemm<2> : bits == 4 ? Gemm<4> : Gemm<8>;
+GemmFunction SelectGemm(int bits, Codes codes) {
+  if (codes == Codes::kFloat16) return Gemm<16, Codes::kFloat16>;
+  if (codes == Codes::kBFloat16) return Gemm<16, Codes::kBFloat16>;
+  if (codes == Codes::kFloat32) return Gemm<32, Codes::kFloat32>;
+  constexpr Codes kTable = Codes::kTable;
+  return bits == 2 ? Gemm<2, kTable> : bits == 4 ? Gemm<4, kTable> : Gemm<8, kTable>;
 }
 
 float TimesSigmoid(float x, float z) { return x / (1.0f + std::exp(-z)); }

@@ -8,6 +8,8 @@
 //   4-bit: byte b = k + b (low nibble), k + 4 + b (high)         32 k = 4 vectors
 //   2-bit: byte b = k + b, k + 4 + b, k + 8 + b, k + 12 + b      32 k = 2 vectors
 //
+// Plain codes lie in a dword as they come: 16-bit ones at bits 0 and 16, 32-bit ones alone.
+//
 // Why: one vector load feeds all instruction sets. A shift by the position above makes a dword the
 // index of a table look-up (AVX-512, AVX2); masked by bytes it is four consecutive k, which is the
 // operand of vpdpbusd and of NEON's sdot, and a row of an AMX int8 tile.
@@ -25,9 +27,11 @@ namespace qmoe_plugin::cpu {
 inline constexpr int kPanelRows = 16;
 
 /// Bit at which code `j` of a dword starts.
-constexpr int CodeShift(int bits, int j) { return 8 * (j % 4) + bits * (j / 4); }
+constexpr int CodeShift(int bits, int j) {
+  return bits > 8 ? bits * j : 8 * (j % 4) + bits * (j / 4);
+}
 
-/// Lays out codes [16][k_padded], one byte each, as above (TileLayout::encode_tile).
+/// Lays out codes [16][k_padded], Format::code_bytes() each, as above (TileLayout::encode_tile).
 void EncodePanel(const Format& format, const uint8_t* codes, int64_t k_padded, uint8_t* out);
 
 }  // namespace qmoe_plugin::cpu

@@ -3,6 +3,7 @@
 
 #include "ops/cpu/packed_matrix.h"
 #include "ops/matmul_nbits/matmul_nbits.h"
+#include "ops/qmoe/activation_quant.h"
 
 namespace qmoe_plugin {
 namespace {
@@ -58,7 +59,7 @@ class CpuMatMulNBits : public MatMulNBits {
 
   /// Whether the kernel can read A as it is.
   bool ReadsInPlace() const {
-    return config_.dtype == DType::kFloat32 && k_order_.empty() &&
+    return config_.dtype == DType::kFloat32 && k_order_.empty() && !config_.act_scale &&
            config_.k == matrix_.k_padded() && cpu::FitsCache(config_.k);
   }
 
@@ -76,6 +77,7 @@ class CpuMatMulNBits : public MatMulNBits {
   void LoadRow(const void* a, float* x) const {
     if (k_order_.empty()) {
       matrix_.isa().to_float(a, config_.dtype, config_.k, x);
+      QuantizeActivations(config_.activation_quant(), config_.act_scale.value_or(1), config_.k, x);
       std::fill(x + config_.k, x + matrix_.k_padded(), 0.0f);
       return;
     }

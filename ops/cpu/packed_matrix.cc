@@ -9,9 +9,9 @@ PackedMatrix::PackedMatrix(const PackSource& source, const GemmProblem& problem)
   const Kernel& kernel = Select(cpu, problem);
   kernel_ = static_cast<const CpuGemm*>(kernel.launch);
   weights_ = source.ToHost(IsGated(problem.activation), TargetOf(cpu, problem.dtype));
-  const int codes = 1 << problem.format->bits;
   const float* codebook = weights_.codebook();
-  for (int i = 0; i < 256; ++i) table_[i] = codebook ? codebook[i % codes] : kernel_->table[i];
+  for (int i = 0; i < 256; ++i)
+    table_[i] = codebook ? codebook[i % (1 << problem.format->bits)] : kernel_->table[i];
 }
 
 int64_t PackedMatrix::Multiply(int64_t expert, int64_t task, const Rows& rows, float* y,

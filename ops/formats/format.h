@@ -20,14 +20,20 @@
 // fragment lie in memory (EncodeFragment) and how a GPU turns them into 8 numbers
 // (DequantFragment); FormatBase has plain versions of both.
 //
+// Unquantised weights are formats, too: float16, bfloat16 and float32, whose codes of 16 or 32 bits
+// are the numbers themselves (PlainFormat). They have no scales.
+//
 // One fragment is what one lane feeds to mma.m16n8k16 as operand A. With g = lane / 4 and t = lane
 // % 4, its codes are, in register order: (g, 2t) (g, 2t+1) | (g+8, 2t) (g+8, 2t+1) | (g, 2t+8) (g,
 // 2t+9) | (g+8, 2t+8) (g+8, 2t+9) as (row of the tile, k). It takes `bits` bytes.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 #include <vector>
+
+#include "ops/dtype.h"
 
 #if defined(__CUDACC__)
 #define QMOE_HOST_DEVICE __host__ __device__
@@ -51,7 +57,8 @@ enum class ScaleKind {
 /// What the host knows of a format at run time. Made from the header's struct by `DescribeFormat`.
 struct Format {
   const char* name;
-  int bits;                  // 2, 4 or 8 bits a code
+  int bits;                  // 2, 4 or 8 bits a code; 16 or 32 of plain formats
+  DType plain_type;          // the float type that the codes are; kUndefined if quantised
   float default_zero_point;  // subtracted from a decoded code when the model gives no zero points
   bool zero_points;          // whether a model may give zero points
   bool is_float;             // codes are floats, not integers
@@ -60,11 +67,15 @@ struct Format {
   ScaleKind scales;
   int64_t block_size;   // the one block size that it has; 0 = the model says, and per channel
   bool square_blocks;   // blocks are as many rows high; per channel is then per expert
-  float centered[256];  // Decode(code) - default_zero_point for each of the 2^bits codes
-  /// Lays out the 8 codes of one fragment (see the top of this file) in `bits` bytes.
+  float centered[256];  // Decode(code) - default_zero_point for each of the 2^bits codes; not of
+                        // plain formats
+  /// Lays out the 8 codes of one fragment (see the top of this file), code_bytes() each, in `bits`
+  /// bytes.
   void (*encode_fragment)(const uint8_t* codes, uint8_t* bytes);
 
-  int codes_per_byte() const { return 8 / bits; }
+  bool plain() const { return plain_type != DType::kUndefined; }
+  /// Bytes of a code where each has its own: what RowReader delivers and layouts take.
+  int code_bytes() const { return bits > 8 ? bits / 8 : 1; }
 };
 
 namespace formats {
@@ -75,6 +86,7 @@ template <class Derived, int Bits>
 struct FormatBase {
   static_assert(Bits == 2 || Bits == 4 || Bits == 8);
   static constexpr int kBits = Bits;
+  static constexpr DType kPlainType = DType::kUndefined;
   static constexpr uint32_t kCodeMask = (1u << Bits) - 1;
   /// Whether the model gives the values of the codes (Projection::codebook) instead of Decode. Such a
   /// format has 4 bits and keeps the fragments of FormatBase.
@@ -107,6 +119,26 @@ struct FormatBase {
   }
 };
 
+/// A format whose codes are numbers of a float type. Fragments lie in register order, and need no
+/// decoding but a conversion: DequantFragment is the format's own.
+template <class Derived, DType kType>
+struct PlainFormat {
+  static_assert(IsFloat(kType));
+  static constexpr DType kPlainType = kType;
+  static constexpr int kBits = 8 * int(SizeOf(kType));
+  static constexpr int kFragmentWords = kBits / 4;
+  static constexpr float kDefaultZeroPoint = 0;
+  static constexpr bool kZeroPoints = false;
+  static constexpr bool kCodebook = false;
+  static constexpr ScaleKind kScales = ScaleKind::kFloat;  // of which it has none
+  static constexpr int64_t kBlockSize = 0;
+  static constexpr bool kSquareBlocks = false;
+
+  static void EncodeFragment(const uint8_t* codes, uint8_t* bytes) {
+    std::memcpy(bytes, codes, kBits);
+  }
+};
+
 }  // namespace formats
 
 /// The run-time description of format struct F.
@@ -119,6 +151,7 @@ Format DescribeFormat() {
   Format format{};
   format.name = F::kName;
   format.bits = F::kBits;
+  format.plain_type = F::kPlainType;
   format.default_zero_point = F::kDefaultZeroPoint;
   format.zero_points = F::kZeroPoints;
   format.codebook = F::kCodebook;
@@ -126,10 +159,14 @@ Format DescribeFormat() {
   format.block_size = F::kBlockSize;
   format.square_blocks = F::kSquareBlocks;
   format.encode_fragment = &F::EncodeFragment;
-  for (uint32_t code = 0; code < (1u << F::kBits); ++code) {
-    const float value = format.centered[code] = F::Centered(code);
-    format.has_nan |= value != value;
-    format.is_float |= F::Decode(code) != float(code);
+  if constexpr (F::kPlainType != DType::kUndefined) {
+    format.has_nan = format.is_float = true;
+  } else {
+    for (uint32_t code = 0; code < (1u << F::kBits); ++code) {
+      const float value = format.centered[code] = F::Centered(code);
+      format.has_nan |= value != value;
+      format.is_float |= F::Decode(code) != float(code);
+    }
   }
   return format;
 }

@@ -446,7 +446,8 @@ template <class F>
 struct Gemm {
   static constexpr int kMinSm = kFirstSm, kMaxSm = kLastSm;
   static constexpr int kPriority = 40;
-  static constexpr bool kTakesFormat = !F::kCodebook;  // its values are not exact in 16 bits
+  // The values of a codebook are not exact in 16 bits; the rings have no room for wider codes.
+  static constexpr bool kTakesFormat = !F::kCodebook && F::kBits <= 8;
   static constexpr char kLimits[] =
       "few rows: 10 an expert on average; without experts 16, or 256 for up to 512 features";
   static std::vector<DType> DTypes() { return {DType::kFloat16, DType::kBFloat16}; }

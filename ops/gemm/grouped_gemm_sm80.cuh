@@ -322,6 +322,7 @@ template <class F>
 struct Gemm {
   static constexpr int kMinSm = kFirstSm, kMaxSm = kLastSm;
   static constexpr int kPriority = 20;
+  static constexpr bool kTakesFormat = F::kBits <= 16;  // wider weights are for float32
   static constexpr char kLimits[] = "any number of rows";
   static std::vector<DType> DTypes() { return {DType::kFloat16, DType::kBFloat16}; }
 

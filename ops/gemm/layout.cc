@@ -21,6 +21,26 @@ uint64_t LoadPair(const uint8_t* codes) {
   return pair;
 }
 
+/// Codes of 16 or 32 bits.
+template <int kBits>
+void EncodePlainTile(const Format& format, const uint8_t* codes, int64_t k_padded, uint8_t* out) {
+  constexpr int kCode = kBits / 8, kPair = 2 * kCode, kPiece = LaneChunkBytes(kBits);
+  for (int64_t k = 0; k < k_padded; k += kTileK, out += TileBytes(kBits)) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int j = 0; j < kFragmentsPerTile; ++j) {
+        uint8_t pairs[4 * kPair], fragment[kBits];
+        for (int i = 0; i < 8; i += 2) {
+          const int64_t at = FragmentRow(lane, i) * k_padded + k + 16 * j + FragmentK(lane, i);
+          std::memcpy(pairs + i * kCode, codes + at * kCode, kPair);
+        }
+        format.encode_fragment(pairs, fragment);
+        for (int byte = 0; byte < kBits; byte += kPiece)
+          std::memcpy(out + FragmentOffset(kBits, lane, j, byte), fragment + byte, kPiece);
+      }
+    }
+  }
+}
+
 template <int kBits>
 void EncodeTile(const Format& format, const uint8_t* codes, int64_t k_padded, uint8_t* out) {
   const auto encode = format.encode_fragment;
@@ -48,6 +68,10 @@ void EncodeTileOfFormat(const Format& format, const uint8_t* codes, int64_t k_pa
       return EncodeTile<2>(format, codes, k_padded, out);
     case 4:
       return EncodeTile<4>(format, codes, k_padded, out);
+    case 16:
+      return EncodePlainTile<16>(format, codes, k_padded, out);
+    case 32:
+      return EncodePlainTile<32>(format, codes, k_padded, out);
     default:
       return EncodeTile<8>(format, codes, k_padded, out);
   }

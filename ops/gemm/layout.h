@@ -10,8 +10,11 @@
 //
 //   2 bits   256 bytes: lane l owns 8 at 8 l, fragment j at + 2 j
 //   4 bits   512 bytes: lane l owns 16 at 16 l, fragment j at + 4 j
-//   8 bits   two halves of 512 bytes, for j = 0, 1 and j = 2, 3: lane l owns 16 in each at 16 l,
+//   8 bits   two chunks of 512 bytes, for j = 0, 1 and j = 2, 3: lane l owns 16 in each at 16 l,
 //            fragment j at + 8 (j mod 2)
+//   16 bits  four chunks of 512 bytes, one a fragment: lane l owns 16 in each at 16 l
+//   32 bits  eight chunks, two a fragment: its first 16 bytes lie in chunk 2 j, the others in
+//            chunk 2 j + 1
 //
 // So a warp reads a tile with whole 512-byte loads and no shuffles, K keeps its natural order
 // (activations are not permuted), four row tiles stacked are the A operand of a 64-row wgmma, and a
@@ -36,10 +39,11 @@ constexpr int TileBytes(int bits) { return kTileRows * kTileK * bits / 8; }
 constexpr int LaneChunkBytes(int bits) { return bits == 2 ? 8 : 16; }
 constexpr int ChunkBytes(int bits) { return 32 * LaneChunkBytes(bits); }
 
-/// Where fragment j of a lane begins in its tile.
-constexpr int FragmentOffset(int bits, int lane, int j) {
-  const int fragments = LaneChunkBytes(bits) / bits;  // of one lane in one chunk
-  return j / fragments * ChunkBytes(bits) + lane * LaneChunkBytes(bits) + j % fragments * bits;
+/// Where byte `byte` of fragment j of a lane lies in its tile.
+constexpr int FragmentOffset(int bits, int lane, int j, int byte = 0) {
+  const int at = j * bits + byte;  // among all bytes of the lane
+  return at / LaneChunkBytes(bits) * ChunkBytes(bits) + lane * LaneChunkBytes(bits) +
+         at % LaneChunkBytes(bits);
 }
 
 /// Tile row and k (0 to 15, within the k16 step) of code i (0 to 7) of a lane's fragment.

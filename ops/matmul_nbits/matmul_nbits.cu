@@ -1,10 +1,11 @@
 // MatMulNBits on CUDA: one GEMM with one expert; a permuted K (g_idx) gathers the activations
-// first.
+// first, a scale of them quantises them first.
 #include "ops/matmul_nbits/matmul_nbits.h"
 
 #include "ops/common/cuda_host.h"
 #include "ops/common/types.cuh"
 #include "ops/gemm/packed_gemm.cuh"
+#include "ops/qmoe/activation_quant.cuh"
 
 namespace qmoe_plugin {
 namespace {
@@ -41,6 +42,7 @@ class CudaMatMulNBits final : public MatMulNBits {
       : device_(device),
         config_(config),
         gemm_(device, Problem(config, weights), {.type = Activation::kIdentity}, weights) {
+    if (config.act_scale) PrepareQuantize();
     const std::vector<int32_t>& order = weights.k_order();
     if (order.empty()) return;
     const DeviceScope scope(device.index);
@@ -54,7 +56,8 @@ class CudaMatMulNBits final : public MatMulNBits {
   }
 
   size_t WorkspaceBytes(int64_t m) const override {
-    return k_order_ ? size_t(m * packed_k_) * SizeOf(config_.dtype) : 0;
+    const int64_t columns = k_order_ ? packed_k_ : config_.act_scale ? config_.k : 0;
+    return size_t(m * columns) * SizeOf(config_.dtype);
   }
 
   PackedHeader Packed() const override { return gemm_.header(); }
@@ -73,6 +76,9 @@ class CudaMatMulNBits final : public MatMulNBits {
       GatherK(tensors, context.workspace, stream);
       args.x = context.workspace;
       args.x_stride = packed_k_;
+    } else if (config_.act_scale) {
+      Quantize(tensors, context.workspace, stream);
+      args.x = context.workspace;
     }
     args.rows = tensors.m;
     args.max_tiles = (tensors.m + choice.tile_rows - 1) / choice.tile_rows;
@@ -82,6 +88,27 @@ class CudaMatMulNBits final : public MatMulNBits {
   }
 
  private:
+  void PrepareQuantize() {
+    const DeviceScope scope(device_.index);
+    PrepareActivationQuant(config_.dtype);
+    act_scale_ = AllocateOnDevice(device_.index, sizeof(float), "activation scale");
+    CopyToDevice(device_.index, act_scale_.get(), &*config_.act_scale, sizeof(float));
+  }
+
+  void Quantize(const MatMulTensors& tensors, void* out, cudaStream_t stream) const {
+    LaunchActivationQuant({.dtype = config_.dtype,
+                           .mode = config_.activation_quant(),
+                           .x = tensors.a,
+                           .x_rows = nullptr,
+                           .rows = tensors.m,
+                           .k = int(config_.k),
+                           .scales = reinterpret_cast<const float*>(act_scale_.get()),
+                           .expert_offsets = nullptr,
+                           .experts = 1,
+                           .y = out},
+                          stream);
+  }
+
   void GatherK(const MatMulTensors& tensors, void* out, cudaStream_t stream) const {
     WithType(config_.dtype, [&](auto type) {
       using T = decltype(type);
@@ -97,6 +124,7 @@ class CudaMatMulNBits final : public MatMulNBits {
   PackedGemm gemm_;
   std::shared_ptr<uint8_t> k_order_;  // int32 [packed K] on the device; null if K is as stored
   int64_t packed_k_ = 0;
+  std::shared_ptr<uint8_t> act_scale_;  // float32 on the device; null if A is not quantised
 };
 
 }  // namespace

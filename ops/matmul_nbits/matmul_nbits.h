@@ -1,4 +1,5 @@
-// The MatMulNBits op, free of ONNX Runtime: Y[M, N] = A[M, K] dequant(B)[N, K]^T + bias[N].
+// The MatMulNBits op and its like, free of ONNX Runtime: Y[M, N] = A[M, K] dequant(B)[N, K]^T + bias[N],
+// A perhaps quantised to e4m3 first.
 #pragma once
 
 #include <memory>

@@ -81,7 +81,8 @@ OrtStatus* InferShape(const OrtCustomOp* op, OrtShapeInferContext* context) {
   // ONNX Runtime drops the status and keeps its memory, so none is ever returned.
   const CustomOp& self = Self(op);
   try {
-    InferOutputShape(self.api(), self.spec().last_dim_attribute, context);
+    const OpSpec& spec = self.spec();
+    InferOutputShape(self.api(), spec.last_dim_attribute, spec.last_dim_input, context);
   } catch (...) {  // the shape stays unknown, and the kernel will name what is wrong
   }
   return nullptr;

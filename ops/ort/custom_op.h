@@ -13,6 +13,7 @@
 #include <array>
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -50,15 +51,19 @@ struct OpSpec {
   const char* name;
   std::span<const InputSpec> inputs;
   /// The output has the shape of input 0, but for the last dimension if this integer attribute is
-  /// named.
+  /// named, or an input whose first dimension it is.
   const char* last_dim_attribute;
+  std::optional<size_t> last_dim_input = std::nullopt;
   /// Whether the output may be written over input 0.
   bool in_place;
   std::unique_ptr<OpKernel> (*make_kernel)(const NodeInfo& node);
 };
 
 const OpSpec& QMoeOp();         // qmoe_op.cc
+const OpSpec& MoEOp();          // likewise
 const OpSpec& MatMulNBitsOp();  // matmul_nbits_op.cc
+const OpSpec& Fp8WeightOp();    // likewise
+const OpSpec& Fp4WeightOp();    // likewise
 
 class CustomOp : public OrtCustomOp {
  public:

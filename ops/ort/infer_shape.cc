@@ -27,10 +27,22 @@ int64_t ReadInt(const Api& api, const OrtShapeInferContext* context, const char*
   return value;
 }
 
+/// First dimension of an input, or -1 where it is not known.
+int64_t ReadFirstDim(const Api& api, const OrtShapeInferContext* context, size_t index) {
+  OrtTensorTypeAndShapeInfo* input = nullptr;  // belongs to the context
+  size_t rank = 0;
+  if (!api.Try<slot::ShapeInferContext_GetInputTypeShape>(context, index, &input)) return -1;
+  api.Call<slot::GetDimensionsCount>(input, &rank);
+  if (rank == 0) return -1;
+  std::vector<int64_t> dims(rank);
+  api.Call<slot::GetDimensions>(input, dims.data(), rank);
+  return dims[0];
+}
+
 }  // namespace
 
 void InferOutputShape(const Api& api, const char* last_dim_attribute,
-                      OrtShapeInferContext* context) {
+                      std::optional<size_t> last_dim_input, OrtShapeInferContext* context) {
   OrtTensorTypeAndShapeInfo* input = nullptr;  // belongs to the context
   api.Call<slot::ShapeInferContext_GetInputTypeShape>(context, size_t(0), &input);
   ONNXTensorElementDataType type;
@@ -45,6 +57,9 @@ void InferOutputShape(const Api& api, const char* last_dim_attribute,
   api.Call<slot::GetSymbolicDimensions>(input, symbols.data(), rank);
   if (last_dim_attribute) {
     dims.back() = ReadInt(api, context, last_dim_attribute);
+    symbols.back() = "";
+  } else if (last_dim_input) {
+    dims.back() = ReadFirstDim(api, context, *last_dim_input);
     symbols.back() = "";
   }
   std::vector<std::string> names(rank);

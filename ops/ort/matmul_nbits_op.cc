@@ -1,9 +1,11 @@
-// MatMulNBits as an ONNX Runtime kernel: reads the node, packs its weights, runs it.
+// MatMulNBits, MatMulBlockQuantizedFp8Weight and MatMulBlockQuantizedFp4Weight as ONNX Runtime kernels:
+// read the node, pack its weights, run it. The ops differ in how a node is read only.
 #include "ops/matmul_nbits/matmul_nbits.h"
 
 #include "ops/domain.h"
 #include "ops/ort/custom_op.h"
 #include "ops/ort/mapped_pages.h"
+#include "ops/ort/matmul_block_quantized_node.h"
 #include "ops/ort/matmul_nbits_node.h"
 #include "ops/ort/node_info.h"
 #include "ops/ort/run_context.h"
@@ -24,12 +26,24 @@ constexpr InputSpec kInputs[] = {
 };
 static_assert(std::size(kInputs) == kMatMulNBitsInputs);
 
+constexpr InputSpec kFp8WeightInputs[] = {
+    {"A", false, false},     {"B", false, true},   {"b_scale", false, true},
+    {"a_scale", true, true}, {"bias", true, true},
+};
+static_assert(std::size(kFp8WeightInputs) == size_t(Fp8WeightInput::kCount));
+
+constexpr InputSpec kFp4WeightInputs[] = {
+    {"A", false, false},           {"B", false, true},
+    {"weight_scale", false, true}, {"weight_scale_2", false, true},
+    {"input_scale", true, true},   {"bias", true, true},
+};
+static_assert(std::size(kFp4WeightInputs) == size_t(Fp4WeightInput::kCount));
+
 class MatMulNBitsKernel : public OpKernel {
  public:
-  explicit MatMulNBitsKernel(const NodeInfo& info) {
-    std::vector<TensorView> inputs = info.ConstantInputs();
-    const MatMulNBitsNode node =
-        InterpretMatMulNBits(ReadMatMulNBitsAttributes(info), inputs, info.dtype());
+  /// `inputs` are the constant ones that `node` was read from.
+  MatMulNBitsKernel(const NodeInfo& info, const MatMulNBitsNode& node,
+                    std::vector<TensorView> inputs) {
     config_ = node.config;
     matmul_ = MakeMatMulNBits(info.device(), node.config, node.weights);
     if (StaysInUse(node.weights, info.device())) inputs[kB] = {};
@@ -63,8 +77,45 @@ const OpSpec& MatMulNBitsOp() {
       .inputs = kInputs,
       .last_dim_attribute = "N",
       .in_place = false,
-      .make_kernel = [](const NodeInfo& node) -> std::unique_ptr<OpKernel> {
-        return std::make_unique<MatMulNBitsKernel>(node);
+      .make_kernel = [](const NodeInfo& info) -> std::unique_ptr<OpKernel> {
+        const std::vector<TensorView> inputs = info.ConstantInputs();
+        const MatMulNBitsNode node =
+            InterpretMatMulNBits(ReadMatMulNBitsAttributes(info), inputs, info.dtype());
+        return std::make_unique<MatMulNBitsKernel>(info, node, inputs);
+      },
+  };
+  return spec;
+}
+
+const OpSpec& Fp8WeightOp() {
+  static const OpSpec spec{
+      .name = kFp8WeightOpName,
+      .inputs = kFp8WeightInputs,
+      .last_dim_attribute = nullptr,
+      .last_dim_input = size_t(Fp8WeightInput::kB),
+      .in_place = false,
+      .make_kernel = [](const NodeInfo& info) -> std::unique_ptr<OpKernel> {
+        const std::vector<TensorView> inputs = info.ConstantInputs();
+        const MatMulNBitsNode node =
+            InterpretFp8Weight(info.Int("block_size", kFp8WeightBlockSize), inputs, info.dtype());
+        return std::make_unique<MatMulNBitsKernel>(info, node, inputs);
+      },
+  };
+  return spec;
+}
+
+const OpSpec& Fp4WeightOp() {
+  static const OpSpec spec{
+      .name = kFp4WeightOpName,
+      .inputs = kFp4WeightInputs,
+      .last_dim_attribute = nullptr,
+      .last_dim_input = size_t(Fp4WeightInput::kB),
+      .in_place = false,
+      .make_kernel = [](const NodeInfo& info) -> std::unique_ptr<OpKernel> {
+        const std::vector<TensorView> inputs = info.ConstantInputs();
+        const MatMulNBitsNode node =
+            InterpretFp4Weight(info.Int("block_size", kFp4WeightBlockSize), inputs, info.dtype());
+        return std::make_unique<MatMulNBitsKernel>(info, node, inputs);
       },
   };
   return spec;

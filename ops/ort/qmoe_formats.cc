@@ -28,12 +28,12 @@ const QuantType* FindQuantType(const std::string& name) {
 /// The format that quant_type names, but for "int".
 FormatChoice OfQuantType(const std::string& name, const QuantType* type) {
   if (type != nullptr) return {&GetFormat(type->format), Concat("quant_type \"", name, "\"")};
-  if (FindFormat(name) == nullptr) {
-    std::string formats;
-    for (const Format* format : Formats()) formats += Concat(", ", format->name);
-    FailInvalid("quant_type is \"", name,
-                "\"; allowed are int, fp4, nvfp4, fp8 and wfp4afp8, and the formats of this build",
-                formats);
+  const Format* format = FindFormat(name);
+  if (format == nullptr || format->plain()) {
+    FailInvalid(
+        "quant_type is \"", name,
+        "\"; allowed are int, fp4, nvfp4, fp8 and wfp4afp8, and the formats of this build, ",
+        QuantizedFormats());
   }
   return NamedFormat("quant_type", name);
 }

@@ -16,10 +16,6 @@ void RequireFlag(const char* attribute, int64_t value) {
   QMOE_REQUIRE(value == 0 || value == 1, attribute, " is ", value, "; it must be 0 or 1");
 }
 
-struct Sizes {
-  int64_t experts, hidden, inter;  // E, H, I
-};
-
 /// [E, N, ...] of a projection. Its scales say it whatever the layout of the weights, unless they
 /// are those of squares; the weights are raw then, and begin with the same dimensions.
 struct Rows {
@@ -34,7 +30,7 @@ Rows FindRows(const std::string& name, const Tensors& inputs, size_t weights,
   return {name + "_experts_weights", inputs[weights], true};
 }
 
-Sizes FindSizes(const Tensors& inputs, const ScalePlans& plans, int64_t rows_per_unit) {
+MoeSizes FindSizes(const Tensors& inputs, const ScalePlans& plans, int64_t rows_per_unit) {
   const Rows fc1 = FindRows("fc1", inputs, kFc1Weights, plans.fc1);
   const Rows fc2 = FindRows("fc2", inputs, kFc2Weights, plans.fc2);
   for (const Rows& rows : {fc1, fc2}) {
@@ -49,7 +45,7 @@ Sizes FindSizes(const Tensors& inputs, const ScalePlans& plans, int64_t rows_per
   return {fc1.tensor.shape[0], fc2.tensor.shape[1], fc1.tensor.shape[1] / rows_per_unit};
 }
 
-void CheckSizes(const Sizes& sizes, const ScalePlans& plans) {
+void CheckSizes(const MoeSizes& sizes, const ScalePlans& plans) {
   const auto check = [](const char* name, int64_t size, const ScalePlan& plan) {
     QMOE_REQUIRE(size % 8 == 0 && size % plan.unit() == 0, name, " ", size,
                  " must be a multiple of ", plan.unit() == 8 ? "" : "block_size ", plan.unit());
@@ -66,7 +62,7 @@ struct OtherInputs {
 constexpr OtherInputs kFc1Others{kFc1ZeroPoints, kFc1GlobalScale, kFc1Codebook};
 constexpr OtherInputs kFc2Others{kFc2ZeroPoints, kFc2GlobalScale, kFc2Codebook};
 
-Projection MakeProjection(const char* name, const Tensors& inputs, const Sizes& sizes,
+Projection MakeProjection(const char* name, const Tensors& inputs, const MoeSizes& sizes,
                           const Matrix& m, const ScalePlan& plan, StoredLayout layout,
                           const OtherInputs& others) {
   Projection p;
@@ -89,9 +85,9 @@ Projection MakeProjection(const char* name, const Tensors& inputs, const Sizes& 
 }
 
 /// Weights as a model stores them, in one of the layouts of qmoe_layout.h.
-Sizes TakeStored(const QMoeAttributes& a, const Tensors& inputs, const QMoeFormats& formats,
-                 const ScalePlans& scales, const ActivationPlan& activation, QMoeNode& node) {
-  const Sizes sizes = FindSizes(inputs, scales, activation.rows_per_unit);
+MoeSizes TakeStored(const QMoeAttributes& a, const Tensors& inputs, const QMoeFormats& formats,
+                    const ScalePlans& scales, const ActivationPlan& activation, QMoeNode& node) {
+  const MoeSizes sizes = FindSizes(inputs, scales, activation.rows_per_unit);
   const bool has_fc3 = inputs[kFc3Weights].present;
   const Matrix fc1{kFc1Weights, activation.rows_per_unit * sizes.inter, sizes.hidden,
                    formats.fc1.format};
@@ -113,8 +109,8 @@ Sizes TakeStored(const QMoeAttributes& a, const Tensors& inputs, const QMoeForma
 }
 
 /// Weights that were packed before. MakeQMoe checks that they are of the same sizes.
-Sizes TakePacked(const QMoeAttributes& a, const Tensors& inputs, const ScalePlans& scales,
-                 MoeWeights& weights) {
+MoeSizes TakePacked(const QMoeAttributes& a, const Tensors& inputs, const ScalePlans& scales,
+                    MoeWeights& weights) {
   QMOE_REQUIRE(a.weights_prepacked == -1,
                "weights_layout is \"packed\", but weights_prepacked=", a.weights_prepacked,
                " is given too; leave it out");
@@ -137,12 +133,23 @@ Sizes TakePacked(const QMoeAttributes& a, const Tensors& inputs, const ScalePlan
 
 }  // namespace
 
-QMoeAttributes ReadQMoeAttributes(const Attributes& node) {
+QMoeAttributes ReadMoEAttributes(const Attributes& node) {
   QMoeAttributes a;
-  a.accuracy_level = node.Int("accuracy_level", a.accuracy_level);
   a.activation_alpha = node.Float("activation_alpha", a.activation_alpha);
   a.activation_beta = node.Float("activation_beta", a.activation_beta);
   a.activation_type = node.String("activation_type", a.activation_type);
+  a.k = node.Int("k", a.k);
+  a.normalize_routing_weights = node.Int("normalize_routing_weights", a.normalize_routing_weights);
+  a.num_shared_experts = node.Int("num_shared_experts", a.num_shared_experts);
+  a.swiglu_fusion = node.Int("swiglu_fusion", a.swiglu_fusion);
+  a.swiglu_limit = node.FindFloat("swiglu_limit");
+  a.use_sparse_mixer = node.Int("use_sparse_mixer", a.use_sparse_mixer);
+  return a;
+}
+
+QMoeAttributes ReadQMoeAttributes(const Attributes& node) {
+  QMoeAttributes a = ReadMoEAttributes(node);
+  a.accuracy_level = node.Int("accuracy_level", a.accuracy_level);
   a.block_size = node.FindInt("block_size");
   a.expert_weight_bits = node.FindInt("expert_weight_bits");
   a.fc1_expert_weight_bits = node.FindInt("fc1_expert_weight_bits");
@@ -150,20 +157,40 @@ QMoeAttributes ReadQMoeAttributes(const Attributes& node) {
   a.fc3_expert_weight_bits = node.FindInt("fc3_expert_weight_bits");
   a.fc1_format = node.String("fc1_format", a.fc1_format);
   a.fc2_format = node.String("fc2_format", a.fc2_format);
-  a.k = node.Int("k", a.k);
-  a.normalize_routing_weights = node.Int("normalize_routing_weights", a.normalize_routing_weights);
   a.quant_type = node.String("quant_type", a.quant_type);
-  a.swiglu_fusion = node.Int("swiglu_fusion", a.swiglu_fusion);
-  a.swiglu_limit = node.FindFloat("swiglu_limit");
-  a.use_sparse_mixer = node.Int("use_sparse_mixer", a.use_sparse_mixer);
   a.weights_layout = node.String("weights_layout", a.weights_layout);
   a.weights_prepacked = node.Int("weights_prepacked", a.weights_prepacked);
   return a;
 }
 
-QMoeNode InterpretQMoe(const QMoeAttributes& a, const Tensors& inputs, DType dtype) {
+void CheckRouting(const QMoeAttributes& a) {
   RequireFlag("normalize_routing_weights", a.normalize_routing_weights);
   RequireFlag("use_sparse_mixer", a.use_sparse_mixer);
+}
+
+void SetConfig(const QMoeAttributes& a, const ActivationPlan& activation, const MoeSizes& sizes,
+               DType dtype, MoeConfig& config) {
+  config.dtype = dtype;
+  config.hidden_size = sizes.hidden;
+  config.inter_size = sizes.inter;
+  config.experts = sizes.experts;
+  // MakeQMoe checks the sum of these two, which must not overflow.
+  QMOE_REQUIRE(a.num_shared_experts >= 0 && a.num_shared_experts < sizes.experts,
+               "num_shared_experts is ", a.num_shared_experts, "; it must be from 0 to ",
+               sizes.experts - 1, ", as one of the ", sizes.experts,
+               " experts at least must be routed");
+  const int64_t routed = sizes.experts - a.num_shared_experts;
+  QMOE_REQUIRE(a.k >= 1 && a.k <= routed, "k is ", a.k, "; it must be from 1 to the number of ",
+               a.num_shared_experts ? "routed " : "", "experts, ", routed);
+  config.shared_experts = a.num_shared_experts;
+  config.topk = a.k + a.num_shared_experts;
+  config.normalize_routing_weights = a.normalize_routing_weights == 1;
+  config.use_sparse_mixer = a.use_sparse_mixer == 1;
+  config.activation = activation.params;
+}
+
+QMoeNode InterpretQMoe(const QMoeAttributes& a, const Tensors& inputs, DType dtype) {
+  CheckRouting(a);
   QMOE_REQUIRE(a.accuracy_level >= 0 && a.accuracy_level <= 4, "accuracy_level is ",
                a.accuracy_level, "; allowed are 0 to 4");
   const bool has_fc3 = inputs[kFc3Weights].present;
@@ -175,18 +202,11 @@ QMoeNode InterpretQMoe(const QMoeAttributes& a, const Tensors& inputs, DType dty
   const QMoeFormats formats = FindFormats(a);
   const ScalePlans scales = PlanScales(a, formats, inputs, has_fc3);
   QMoeNode node;
-  const Sizes sizes = a.weights_layout == kPackedLayout
-                          ? TakePacked(a, inputs, scales, node.weights)
-                          : TakeStored(a, inputs, formats, scales, activation, node);
+  const MoeSizes sizes = a.weights_layout == kPackedLayout
+                             ? TakePacked(a, inputs, scales, node.weights)
+                             : TakeStored(a, inputs, formats, scales, activation, node);
   CheckSizes(sizes, scales);
-  node.config.dtype = dtype;
-  node.config.hidden_size = sizes.hidden;
-  node.config.inter_size = sizes.inter;
-  node.config.experts = sizes.experts;
-  node.config.topk = a.k;
-  node.config.normalize_routing_weights = a.normalize_routing_weights == 1;
-  node.config.use_sparse_mixer = a.use_sparse_mixer == 1;
-  node.config.activation = activation.params;
+  SetConfig(a, activation, sizes, dtype, node.config);
   node.config.accuracy_level = AccuracyLevel(a.accuracy_level);
   PlanActivationQuant(a, inputs, node.config);
   return node;

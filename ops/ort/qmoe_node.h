@@ -49,7 +49,7 @@ enum QMoeInput : size_t {
 };
 
 /// The attributes with com.microsoft's defaults; empty = not given. fc1_format, fc2_format and
-/// weights_layout are ours.
+/// weights_layout are ours, and num_shared_experts is in no release of onnxruntime yet.
 struct QMoeAttributes {
   int64_t accuracy_level = 0;
   float activation_alpha = 1.0f;
@@ -61,6 +61,7 @@ struct QMoeAttributes {
   std::string fc1_format, fc2_format;
   int64_t k = 1;
   int64_t normalize_routing_weights = 0;
+  int64_t num_shared_experts = 0;
   std::string quant_type = "int";
   int64_t swiglu_fusion = 0;
   std::optional<float> swiglu_limit;
@@ -69,7 +70,8 @@ struct QMoeAttributes {
   int64_t weights_prepacked = -1;
 };
 
-/// Throws Error for an attribute of another type.
+/// Throw Error for an attribute of another type. The first reads those that MoE has, too.
+QMoeAttributes ReadMoEAttributes(const Attributes& node);
 QMoeAttributes ReadQMoeAttributes(const Attributes& node);
 
 struct QMoeNode {
@@ -77,6 +79,18 @@ struct QMoeNode {
   MoeWeights weights;
   std::string warning;  // something the user should know; empty = nothing
 };
+
+struct ActivationPlan;  // ops/ort/qmoe_activation.h
+
+struct MoeSizes {
+  int64_t experts, hidden, inter;  // E, H, I
+};
+
+// What QMoE and MoE share. Both throw Error: the first for flags of routing that are none, the second
+// for numbers of experts.
+void CheckRouting(const QMoeAttributes& attributes);
+void SetConfig(const QMoeAttributes& attributes, const ActivationPlan& activation,
+               const MoeSizes& sizes, DType dtype, MoeConfig& config);
 
 /// Checks the node and says what it means. `inputs` are the tensors by QMoeInput (kQMoeInputs of
 /// them); those that vary from run to run are not looked at. Throws Error.

@@ -1,9 +1,11 @@
-// QMoE as an ONNX Runtime kernel: reads the node, packs its weights, runs it.
+// QMoE and MoE as ONNX Runtime kernels: read the node, pack its weights, run it. The ops differ in
+// their inputs only.
 #include "ops/qmoe/qmoe.h"
 
 #include "ops/domain.h"
 #include "ops/ort/custom_op.h"
 #include "ops/ort/mapped_pages.h"
+#include "ops/ort/moe_node.h"
 #include "ops/ort/node_info.h"
 #include "ops/ort/qmoe_node.h"
 #include "ops/ort/run_context.h"
@@ -39,11 +41,22 @@ constexpr InputSpec kInputs[] = {
 };
 static_assert(std::size(kInputs) == kQMoeInputs);
 
+constexpr InputSpec kMoEInputs[] = {
+    {"input", false, false},
+    {"router_probs", false, false},
+    {"fc1_experts_weights", false, true},
+    {"fc1_experts_bias", true, true},
+    {"fc2_experts_weights", false, true},
+    {"fc2_experts_bias", true, true},
+    {"fc3_experts_weights", true, true},
+    {"fc3_experts_bias", true, true},
+};
+static_assert(std::size(kMoEInputs) == size_t(MoEInput::kCount));
+
 class QMoeKernel : public OpKernel {
  public:
-  explicit QMoeKernel(const NodeInfo& info) {
-    std::vector<TensorView> inputs = info.ConstantInputs();
-    const QMoeNode node = InterpretQMoe(ReadQMoeAttributes(info), inputs, info.dtype());
+  /// `inputs` are the constant ones that `node` was read from.
+  QMoeKernel(const NodeInfo& info, const QMoeNode& node, std::vector<TensorView> inputs) {
     if (!node.warning.empty()) info.Log(ORT_LOGGING_LEVEL_WARNING, node.warning);
     config_ = node.config;
     moe_ = MakeQMoe(info.device(), node.config, node.weights);
@@ -58,7 +71,8 @@ class QMoeKernel : public OpKernel {
     MoeTensors tensors;
     tensors.tokens = CountTokens(input);
     tensors.input = input.data;
-    const Input probs = run.GetInput(kRouterProbs), weights = run.GetInput(kRouterWeights);
+    const Input probs = run.GetInput(kRouterProbs);
+    const Input weights = run.GetInput(kRouterWeights);  // MoE has not so many inputs
     QMOE_REQUIRE(probs.present, "input 1 (router_probs) is missing");
     CheckRouterInput("input 1 (router_probs)", probs, tensors.tokens);
     tensors.router_probs = probs.data;
@@ -108,8 +122,25 @@ const OpSpec& QMoeOp() {
       .inputs = kInputs,
       .last_dim_attribute = nullptr,
       .in_place = true,
-      .make_kernel = [](const NodeInfo& node) -> std::unique_ptr<OpKernel> {
-        return std::make_unique<QMoeKernel>(node);
+      .make_kernel = [](const NodeInfo& info) -> std::unique_ptr<OpKernel> {
+        const std::vector<TensorView> inputs = info.ConstantInputs();
+        const QMoeNode node = InterpretQMoe(ReadQMoeAttributes(info), inputs, info.dtype());
+        return std::make_unique<QMoeKernel>(info, node, inputs);
+      },
+  };
+  return spec;
+}
+
+const OpSpec& MoEOp() {
+  static const OpSpec spec{
+      .name = kMoEOpName,
+      .inputs = kMoEInputs,
+      .last_dim_attribute = nullptr,
+      .in_place = true,
+      .make_kernel = [](const NodeInfo& info) -> std::unique_ptr<OpKernel> {
+        const std::vector<TensorView> inputs = info.ConstantInputs();
+        const QMoeNode node = InterpretMoE(ReadMoEAttributes(info), inputs, info.dtype());
+        return std::make_unique<QMoeKernel>(info, node, inputs);
       },
   };
   return spec;

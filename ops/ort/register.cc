@@ -48,7 +48,8 @@ std::span<const DType> ScaleTypes(const OpSpec& spec, ScaleSet set, uint32_t ver
 
 void AddOps(Registration& registration, uint32_t version) {
   const Api api(registration.table);
-  for (const OpSpec* spec : {&QMoeOp(), &MatMulNBitsOp()}) {
+  for (const OpSpec* spec :
+       {&QMoeOp(), &MoEOp(), &MatMulNBitsOp(), &Fp8WeightOp(), &Fp4WeightOp()}) {
     for (const DeviceType device : {DeviceType::kCpu, DeviceType::kCuda}) {
       if (device == DeviceType::kCuda && !BuiltWithCuda()) continue;
       for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})

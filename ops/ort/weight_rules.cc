@@ -6,13 +6,18 @@ namespace qmoe_plugin::ort {
 
 const Format& IntFormat(int64_t bits) { return GetFormat(Concat("int", bits)); }
 
+std::string QuantizedFormats() {
+  std::string names;
+  for (const Format* format : Formats())
+    if (!format->plain()) names += Concat(names.empty() ? "" : ", ", format->name);
+  return names;
+}
+
 FormatChoice NamedFormat(const char* attribute, const std::string& name) {
   const Format* format = FindFormat(name);
-  if (format == nullptr) {
-    std::string known;
-    for (const Format* each : Formats()) known += Concat(known.empty() ? "" : ", ", each->name);
-    FailInvalid(attribute, " is \"", name, "\"; the formats of this build are ", known);
-  }
+  if (format == nullptr || format->plain())
+    FailInvalid(attribute, " is \"", name, "\"; the formats of this build are ",
+                QuantizedFormats());
   return {format, Concat(attribute, " \"", name, "\"")};
 }
 

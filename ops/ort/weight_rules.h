@@ -16,6 +16,10 @@ struct FormatChoice {
 /// "int2", "int4" or "int8".
 const Format& IntFormat(int64_t bits);
 
+/// The quantised formats of this build, "int4, int8, ...". Plain ones are for MoE, which goes by the
+/// type of the weights, so no attribute names them.
+std::string QuantizedFormats();
+
 /// The format that a string attribute names; throws Error that lists those that there are.
 FormatChoice NamedFormat(const char* attribute, const std::string& name);
 

@@ -25,9 +25,14 @@ void CheckConfig(const MoeConfig& c) {
                " and inter_size ", c.inter_size, " must be positive");
   QMOE_REQUIRE(c.experts >= 1 && c.experts <= kMaxExperts, "the node has ", c.experts,
                " experts; allowed are 1 to ", kMaxExperts);
-  QMOE_REQUIRE(c.topk >= 1 && c.topk <= c.experts, "k is ", c.topk,
-               "; it must be from 1 to the number of experts, ", c.experts);
-  QMOE_REQUIRE(!c.use_sparse_mixer || c.topk == 2, "use_sparse_mixer=1 needs k=2, not k=", c.topk);
+  QMOE_REQUIRE(c.shared_experts >= 0 && c.shared_experts < c.experts, "num_shared_experts is ",
+               c.shared_experts, "; it must be from 0 to ", c.experts - 1, ", as one of the ",
+               c.experts, " experts at least must be routed");
+  QMOE_REQUIRE(c.routed_topk() >= 1 && c.routed_topk() <= c.routed_experts(), "k is ",
+               c.routed_topk(), "; it must be from 1 to the number of ",
+               c.shared_experts ? "routed " : "", "experts, ", c.routed_experts());
+  QMOE_REQUIRE(!c.use_sparse_mixer || c.routed_topk() == 2,
+               "use_sparse_mixer=1 needs k=2, not k=", c.routed_topk());
   QMOE_REQUIRE(c.accuracy_level >= 0 && c.accuracy_level <= 4, "accuracy_level is ",
                c.accuracy_level, "; allowed are 0 to 4");
   CheckActivationScales(c, "fc1_act_scale", c.fc1_act_scales);

@@ -240,6 +240,7 @@ class CudaQMoe final : public QMoe {
     route.tokens = int(tokens);
     route.experts = int(config_.experts);
     route.topk = int(config_.topk);
+    route.shared = int(config_.shared_experts);
     route.normalize = config_.normalize_routing_weights;
     route.sparse_mixer = config_.use_sparse_mixer;
     route.expert_ids = b.expert_ids;

@@ -1,11 +1,13 @@
 // The QMoE op, free of ONNX Runtime: make one per node (that packs the weights), run it any number
 // of times.
 //
-//   p = softmax(router_probs) over E in float32; the topk largest logits win, the lower index first
-//   on ties scale_j = p_j, or p_j / sum of the selected p when normalize_routing_weights (only if
-//   that sum > 1e-6) with router_weights: selection by router_probs, scale_j = router_weights_j,
-//   divided by their sum when normalizing y = sum_j scale_j * (activation(x W1_j^T + b1_j) W2_j^T +
-//   b2_j), accumulated in float32 in the order of j
+//   p = softmax(router_probs) over the routed experts in float32; the k largest logits win, the
+//   lower index first on ties. scale_j = p_j, or p_j / sum of the selected p when
+//   normalize_routing_weights (only if that sum > 1e-6); with router_weights: selection by
+//   router_probs, scale_j = router_weights_j, divided by their sum when normalizing. Shared experts
+//   follow, in order, with scale_j = sigmoid(router_probs_j).
+//   y = sum_j scale_j * (activation(x W1_j^T + b1_j) W2_j^T + b2_j), accumulated in float32 in the
+//   order of j
 //
 // docs/semantics.md says where this differs from the stock ops.
 #pragma once

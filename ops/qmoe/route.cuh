@@ -13,15 +13,17 @@ struct RouteArgs {
   const void* weights;  // router_weights [T, E], or null
   DType weights_dtype;
   int tokens, experts, topk;
-  bool normalize;     // divide the k scales by their sum, if that is above 1e-6
-  bool sparse_mixer;  // topk is 2
+  int shared;         // the last so many experts take every token; they count in experts and topk
+  bool normalize;     // divide the scales of routed experts by their sum, if that is above 1e-6
+  bool sparse_mixer;  // there are 2 routed experts a token
   int* expert_ids;    // [T, k]
   float* scales;      // [T, k]
 };
 
-/// Experts of a token are the k largest logits, the lower index first among equals; NaN is below
-/// everything. Their scales are softmax probabilities over all E, or router_weights at those
-/// experts. NaN logits give NaN scales.
+/// Experts of a token are the largest logits of routed experts, the lower index first among equals;
+/// NaN is below everything. Their scales are softmax probabilities over all routed experts, or
+/// router_weights at those experts. Shared experts follow, their scales are sigmoids of their
+/// logits. NaN logits give NaN scales.
 void LaunchRoute(const RouteArgs& args, cudaStream_t stream);
 void PrepareRoute();
 

@@ -30,12 +30,16 @@ __device__ inline float WarpSum(float x) {
   return x;
 }
 
-/// One token's logits in the registers of a warp: lane l holds experts l, l + 32, ... Up to 32 * kPerLane experts.
+/// One token's logits of routed experts in the registers of a warp: lane l holds experts l, l + 32, ... Up to
+/// 32 * kPerLane experts.
 template <int kPerLane>
 class TokenRouter {
  public:
   __device__ TokenRouter(const RouteArgs& args, int token, int lane)
-      : args_(args), first_(int64_t(token) * args.experts), lane_(lane) {
+      : args_(args),
+        experts_(args.experts - args.shared),
+        first_(int64_t(token) * args.experts),
+        lane_(lane) {
     if (args.logits_dtype == DType::kFloat16)
       Load(static_cast<const __half*>(args.logits));
     else if (args.logits_dtype == DType::kBFloat16)
@@ -45,26 +49,38 @@ class TokenRouter {
     largest_ = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      keys_[i] = Expert(i) < args.experts ? OrderedKey(logits_[i]) : 0;
+      keys_[i] = Expert(i) < experts_ ? OrderedKey(logits_[i]) : 0;
       largest_ = fmaxf(largest_, logits_[i]);  // ignores NaN, the sum of exponentials does not
     }
   }
 
-  /// Writes the token's k experts, and their scales unless `scales` is null.
+  /// Writes the token's experts, routed ones and then shared ones, and their scales unless `scales` is null.
   __device__ void Run(int* expert_ids, float* scales) {
+    const int topk = args_.topk - args_.shared;
+    for (int j = lane_; j < args_.shared; j += 32) {
+      expert_ids[topk + j] = experts_ + j;
+      if (scales == nullptr) continue;
+      const float gate = LoadAsFloat(args_.logits, args_.logits_dtype, first_ + experts_ + j);
+      scales[topk + j] = 1.0f / (1.0f + expf(-gate));
+    }
+    RunRouted(topk, expert_ids, scales);
+  }
+
+ private:
+  __device__ void RunRouted(int topk, int* expert_ids, float* scales) {
     float sum = 0;
     if (scales != nullptr) {
       largest_ = WarpMax(largest_);
       if (!args_.sparse_mixer) {
 #pragma unroll
         for (int i = 0; i < kPerLane; ++i)
-          if (Expert(i) < args_.experts) sum += expf(logits_[i] - largest_);
+          if (Expert(i) < experts_) sum += expf(logits_[i] - largest_);
         sum = WarpSum(sum);
       }
     }
     float total = 0;  // of the selected scales
     int previous = -1;
-    for (int j = 0; j < args_.topk; ++j) {
+    for (int j = 0; j < topk; ++j) {
       float logit;
       const int expert = TakeLargest(&logit);
       if (lane_ == 0) expert_ids[j] = expert;
@@ -84,20 +100,19 @@ class TokenRouter {
         (args_.sparse_mixer && args_.weights == nullptr))
       return;
     __syncwarp();  // lane 0's scales are visible to the others
-    for (int j = lane_; j < args_.topk; j += 32) scales[j] /= total;
+    for (int j = lane_; j < topk; j += 32) scales[j] /= total;
   }
 
- private:
   /// All at once, so that their latencies overlap.
   template <class L>
   __device__ void Load(const L* logits) {
     L values[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i)
-      if (Expert(i) < args_.experts) values[i] = logits[first_ + Expert(i)];
+      if (Expert(i) < experts_) values[i] = logits[first_ + Expert(i)];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i)
-      logits_[i] = Expert(i) < args_.experts ? ToFloat(values[i]) : -INFINITY;
+      logits_[i] = Expert(i) < experts_ ? ToFloat(values[i]) : -INFINITY;
   }
 
   __device__ int Expert(int i) const { return lane_ + 32 * i; }
@@ -127,7 +142,7 @@ class TokenRouter {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const float x = logits_[i];
-      if (Expert(i) >= args_.experts || Expert(i) == excluded) continue;
+      if (Expert(i) >= experts_ || Expert(i) == excluded) continue;
       const bool masked = (largest - x) / fmaxf(fabsf(x), fabsf(largest)) > 2 * kJitter;
       if (!masked) sum += expf(x - largest);
     }
@@ -135,6 +150,7 @@ class TokenRouter {
   }
 
   const RouteArgs& args_;
+  int experts_;    // routed ones
   int64_t first_;  // element of the token's first logit
   int lane_;
   float largest_;

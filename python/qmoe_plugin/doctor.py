@@ -129,7 +129,7 @@ _CHECKS: tuple[tuple[str, Callable[[str], Check]], ...] = (
 
 
 def _try_ops(target: Target) -> Iterator[Check]:
-    """A smoke test of each op."""
+    """A smoke test of each pipeline."""
     try:
         from qmoe_plugin import smoke
 

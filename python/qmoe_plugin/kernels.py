@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from qmoe_plugin import formats
 from qmoe_plugin.devices import CPU, Target, target
 from qmoe_plugin.library import native
 
@@ -49,8 +50,8 @@ class Problem:
     """One (grouped) matrix product y = x W^T, as kernel selection sees it.
 
     Attributes:
-        stage: "fc1" or "fc2" of a QMoE, or "dense" for a MatMulNBits.
-        format: Weight format, as in "int4".
+        stage: "fc1" or "fc2" of a QMoE or MoE, or "dense" for a MatMulNBits.
+        format: Weight format, as in "int4"; "float16" and the like for a MoE.
         n: Output features; gates and ups together for a gated fc1.
         k: Input features.
         rows: Rows of x over all experts: tokens * topk, or M.
@@ -78,11 +79,13 @@ class Problem:
 
     def __str__(self) -> str:
         """As in "fc1 int4 block 32, 8 experts, 256 x 128, 4 rows, float32, CPU"."""
-        block = f"block {self.block_size}" if self.block_size else "per channel"
+        block = f" block {self.block_size}" if self.block_size else " per channel"
+        if self.format in formats.PLAIN_FORMATS:
+            block = ""
         zero_points = " with zero points" if self.zero_points else ""
         experts = f"{self.experts} experts, " if self.experts > 1 else ""
         return (
-            f"{self.stage} {self.format} {block}{zero_points}, {experts}{self.n} x {self.k}, "
+            f"{self.stage} {self.format}{block}{zero_points}, {experts}{self.n} x {self.k}, "
             f"{self.rows} row{'s' * (self.rows != 1)}, {self.dtype}, {self.target}"
         )
 
@@ -149,13 +152,13 @@ def explain(
     """Says which kernel runs a node, and why each of the others does not.
 
     Args:
-        node: A QMoE or MatMulNBits node of an `onnx_ir` model, in either domain; or a `Problem`,
+        node: A node of one of our ops of an `onnx_ir` model, in either domain; or a `Problem`,
             which says its own device and rows, so that the other arguments are not looked at.
         sm: Compute capability to choose for (90 = Hopper), 0 for the CPU; None for this machine.
         tokens: Tokens in a run (rows of A for MatMulNBits).
 
     Returns:
-        One explanation a matrix product: fc1 and fc2 of a QMoE, or the one of a MatMulNBits.
+        One explanation a matrix product: fc1 and fc2 of a QMoE or MoE, or the one of the others.
 
     Raises:
         ValueError: If the node is none of ours, or one that our ops cannot run whatever the kernel;

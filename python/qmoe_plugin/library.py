@@ -12,7 +12,13 @@ from qmoe_plugin import env
 DOMAIN = "qmoe_plugin"
 """The ONNX domain of our ops."""
 
-OPS = ("QMoE", "MatMulNBits")
+OPS = (
+    "QMoE",
+    "MoE",
+    "MatMulNBits",
+    "MatMulBlockQuantizedFp8Weight",
+    "MatMulBlockQuantizedFp4Weight",
+)
 """The ops of the domain. They are called the same in com.microsoft."""
 
 LIBRARY_NAME = "libqmoe_plugin.so"

@@ -6,23 +6,18 @@ import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from qmoe_plugin.graph import matmul_nbits, qmoe
 from qmoe_plugin.graph.describe import STOCK_DOMAIN
+from qmoe_plugin.graph.stock import STOCK_ATTRIBUTES, STOCK_INPUTS
 from qmoe_plugin.library import runtime
 
 CONFIG_KEY = "qmoe_plugin.override_com_microsoft"
 """Session config entry: "1" registers our ops in com.microsoft, too. It must be set before our
 library is registered; onnxruntime-genai sets it from the session_options of genai_config.json."""
 
-_ATTRIBUTES = {
-    "QMoE": frozenset(qmoe.STOCK_ATTRIBUTES),
-    "MatMulNBits": frozenset(matmul_nbits.STOCK_ATTRIBUTES),
-}
 _TYPES = frozenset(
     f"tensor({name})"
     for name in ("float", "float16", "bfloat16", "uint8", "int32", "float8e4m3fn", "float8e8m0")
 )
-_INPUTS = {"QMoE": qmoe.STOCK_INPUTS, "MatMulNBits": matmul_nbits.STOCK_INPUTS}
 
 
 class _Input(Protocol):
@@ -56,7 +51,7 @@ def schema_gaps() -> list[str]:
     return [
         f"{schema.name} has {gap}"
         for schema in schemas
-        if schema.domain == STOCK_DOMAIN and schema.name in _ATTRIBUTES
+        if schema.domain == STOCK_DOMAIN and schema.name in STOCK_ATTRIBUTES
         for gap in _gaps(schema)
     ]
 
@@ -77,9 +72,10 @@ def check_override() -> None:
 
 
 def _gaps(schema: Schema) -> list[str]:
-    known = _INPUTS[schema.name]
+    known = STOCK_INPUTS[schema.name]
     gaps = [
-        f"attribute {name}" for name in sorted(set(schema.attributes) - _ATTRIBUTES[schema.name])
+        f"attribute {name}"
+        for name in sorted(set(schema.attributes) - STOCK_ATTRIBUTES[schema.name])
     ]
     for index, given in enumerate(schema.inputs):
         if index >= len(known) or given.name != known[index]:

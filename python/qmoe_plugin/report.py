@@ -26,7 +26,7 @@ class NodeReport:
 
     Attributes:
         name: Name of the node, or of its first output.
-        op_type: "QMoE" or "MatMulNBits".
+        op_type: As in "QMoE", one of our ops.
         function: Name of the model's function that holds the node; "" for its graph.
         reason: Why the node was left alone; "" if it was moved.
         kernels: What will run it, for few and for many tokens. Empty for a node that was left, or

@@ -45,7 +45,7 @@ def session(
     override: bool = False,
     **kwargs: object,
 ) -> onnxruntime.InferenceSession:
-    """Opens a model with its QMoE and MatMulNBits nodes run by our kernels.
+    """Opens a model with the nodes of our ops (QMoE, MatMulNBits, ...) run by our kernels.
 
     The model is retargeted in memory, see `qmoe_plugin.retarget`; nodes that no kernel takes are
     left to ONNX Runtime, with a warning of the logger "qmoe_plugin". Neither `model` nor a file is
@@ -64,7 +64,7 @@ def session(
         external_data_dir: Folder of the files with external data, for a model given as bytes or
             onnx.ModelProto; the others know it.
         override: Leave the model as it is, and put our ops in the place of com.microsoft's. Then
-            every QMoE and MatMulNBits node is ours, those too that ONNX Runtime's optimizer makes,
+            every node of these ops is ours, those too that ONNX Runtime's optimizer makes,
             and one that we cannot run fails the session.
         **kwargs: More arguments of onnxruntime.InferenceSession. `enable_fallback` is 0 here unless
             given: a failure on the GPU is reported, not hidden by a slow session on the CPU.

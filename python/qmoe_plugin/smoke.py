@@ -1,4 +1,7 @@
-"""One small node of each op, run by our kernels and by the oracle."""
+"""One small node of each pipeline, run by our kernels and by the oracle.
+
+The other ops differ from QMoE and MatMulNBits in how a node is read only.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class Case:
 
 
 def cases(dtype: str) -> list[Case]:
-    """One case an op.
+    """One case a pipeline.
 
     Args:
         dtype: Activation type, "float32" or "float16".

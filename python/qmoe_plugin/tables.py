@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from qmoe_plugin.formats import Format
+from qmoe_plugin.formats import PLAIN_FORMATS, Format
 from qmoe_plugin.kernels import Kernel
 
 _FORMAT_HEADER = ("format", "bits", "zero points", "default zero point", "scales", "blocks")
@@ -38,7 +38,9 @@ def support_page(kernels: Sequence[Kernel], formats: Iterable[Format]) -> str:
         "",
         "Generated from the registry by `python -m qmoe_plugin kernels --markdown`; do not edit.",
         "",
-        "Each kernel computes the matrix products of both ops: fc1 and fc2 of QMoE, MatMulNBits.",
+        "Each kernel computes the matrix products of all ops: fc1 and fc2 of QMoE, and of MoE in",
+        "float32, float16 and bfloat16, which are not quantised; MatMulNBits in int2, int4, int8;",
+        "MatMulBlockQuantizedFp8Weight in fp8_e4m3; MatMulBlockQuantizedFp4Weight in nvfp4.",
         "Of the kernels that can run a problem, the one with the highest priority is taken;",
         "`qmoe_plugin.explain(node)` shows which, and why each of the others does not run it.",
         "",
@@ -66,7 +68,7 @@ def _cells(kernel: Kernel) -> tuple[str, ...]:
 
 
 def _format_rows(formats: Iterable[Format]) -> list[tuple[str, ...]]:
-    return [
+    quantized = [
         (
             f.name,
             str(f.bits),
@@ -77,6 +79,8 @@ def _format_rows(formats: Iterable[Format]) -> list[tuple[str, ...]]:
         )
         for f in formats
     ]
+    plain = [(name, str(bits), "no", "0", "none", "none") for name, bits in PLAIN_FORMATS.items()]
+    return sorted([*quantized, *plain])
 
 
 def _blocks(fmt: Format) -> str:

@@ -76,6 +76,13 @@ struct Weights {
                   .bias = {},
                   .group_index = {}};
     const int64_t groups = projection.groups(), bits = s.format->bits;
+    if (s.bias) bias = Tensor(DType::kFloat32, {s.experts, s.n}, Gauss);
+    projection.bias = bias.view;
+    if (s.format->plain()) {
+      codes = Tensor(s.format->plain_type, {s.experts, s.n, s.k}, Gauss);
+      projection.codes = codes.view;
+      return;
+    }
     const auto byte = [] { return float(rng() & 255); };
     const auto number = [&] {  // weights must not be NaN, which only 8-bit formats can be
       float code = byte();
@@ -96,19 +103,19 @@ struct Weights {
     projection.zero_points = zero_points.view;
     if (s.format->codebook) codebook = Tensor(DType::kFloat32, {int64_t(1) << bits}, Gauss);
     projection.codebook = codebook.view;
-    if (s.bias) bias = Tensor(DType::kFloat32, {s.experts, s.n}, Gauss);
-    projection.bias = bias.view;
   }
 };
 
 /// Dequantised rows of a reader, in double: [E, rows, k].
 inline std::vector<double> Dequantize(const RowReader& reader) {
   const int64_t k = reader.k(), block = reader.block_size() ? reader.block_size() : k;
-  std::vector<uint8_t> codes(k);
+  const Format& format = reader.format();
+  std::vector<uint8_t> codes(k * format.code_bytes());
   std::vector<float> scales(reader.groups()), offsets(reader.groups());
-  const auto value = [&](uint8_t code) {
-    return double(reader.codebook().empty() ? reader.format().centered[code]
-                                            : reader.codebook()[code]);
+  const auto value = [&](int64_t i) {
+    if (format.plain()) return double(LoadFloat(codes.data(), format.plain_type, size_t(i)));
+    return double(reader.codebook().empty() ? format.centered[codes[i]]
+                                            : reader.codebook()[codes[i]]);
   };
   std::vector<double> w;
   for (int64_t e = 0; e < reader.experts(); ++e) {
@@ -117,7 +124,7 @@ inline std::vector<double> Dequantize(const RowReader& reader) {
       reader.Scales(e, row, scales.data());
       reader.ZeroOffsets(e, row, offsets.data());
       for (int64_t i = 0; i < k; ++i)
-        w.push_back((value(codes[i]) + offsets[i / block]) * scales[i / block]);
+        w.push_back((value(i) + offsets[i / block]) * scales[i / block]);
     }
   }
   return w;

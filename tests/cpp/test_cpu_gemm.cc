@@ -57,8 +57,9 @@ GemmArgs ArgsOf(const PackedWeights& w, const CpuGemm& gemm, int64_t expert, flo
   args.panels = w.shape.row_tiles;
   args.k_padded = w.shape.k_padded;
   args.block_size = w.header.block_size;
-  const int codes = 1 << GetFormat(w.header.FormatName()).bits;
-  for (int i = 0; i < 256; ++i) table[i] = w.codebook() ? w.codebook()[i % codes] : gemm.table[i];
+  for (int i = 0; i < 256; ++i)
+    table[i] = w.codebook() ? w.codebook()[i % (1 << GetFormat(w.header.FormatName()).bits)]
+                            : gemm.table[i];
   args.table = table;
   return args;
 }
@@ -126,6 +127,7 @@ void TestAllKernels() {
   for (const Format* format : Formats()) {
     EXPECT(!CpuKernels(format).empty(), "no CPU kernel for ", format->name);
     for (int64_t block : {0, 16, 32, 64, 128, 256}) {
+      if (format->plain() && block) continue;
       std::vector<ZeroPoints> kinds = {ZeroPoints::kNone};
       if (format->zero_points) kinds = {ZeroPoints::kNone, ZeroPoints::kPacked, ZeroPoints::kFloat};
       for (ZeroPoints kind : kinds) {

@@ -1,5 +1,6 @@
 // Walks packed tiles the way a warp does, and decodes fragments with the integer steps that a GPU
 // uses.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdio>
@@ -36,10 +37,11 @@ int failures = 0;
 
 constexpr int64_t kPadded = 192;  // three tiles along k
 
+/// Codes [16, kPadded], of a byte each or, above 8 bits, of bits / 8.
 std::vector<uint8_t> RandomCodes(int bits) {
   std::mt19937 random(bits);
-  std::vector<uint8_t> codes(16 * kPadded);
-  for (uint8_t& code : codes) code = uint8_t(random() & ((1u << bits) - 1));
+  std::vector<uint8_t> codes(16 * kPadded * (bits > 8 ? bits / 8 : 1));
+  for (uint8_t& code : codes) code = uint8_t(random() & ((1u << std::min(bits, 8)) - 1));
   return codes;
 }
 
@@ -50,13 +52,15 @@ std::vector<uint8_t> EncodeTile(const Format& format, const std::vector<uint8_t>
 }
 
 /// The 8 codes that mma.m16n8k16 expects of a lane as operand A, by the figure in the PTX manual.
-void ExpectedFragment(const std::vector<uint8_t>& codes, int64_t k, int lane, uint8_t* fragment) {
+void ExpectedFragment(const std::vector<uint8_t>& codes, int64_t k, int lane, uint8_t* fragment,
+                      int code_bytes = 1) {
   const int group = lane >> 2, thread = lane % 4;
   for (int i = 0; i < 8; ++i) {
     const int row = (i < 2 || (i >= 4 && i < 6)) ? group : group + 8;
     const int column = thread * 2 + (i & 1) + (i >= 4 ? 8 : 0);
     EXPECT(row == FragmentRow(lane, i) && column == FragmentK(lane, i), "lane %d code %d", lane, i);
-    fragment[i] = codes[row * kPadded + k + column];
+    std::memcpy(fragment + i * code_bytes, &codes[(row * kPadded + k + column) * code_bytes],
+                size_t(code_bytes));
   }
 }
 
@@ -67,14 +71,16 @@ void TestPlaces(const Format& format) {
   for (int64_t tile = 0; tile < kPadded / kTileK; ++tile)
     for (int lane = 0; lane < 32; ++lane)
       for (int j = 0; j < kFragmentsPerTile; ++j) {
-        uint8_t fragment[8], expected[8];
-        ExpectedFragment(codes, tile * kTileK + 16 * j, lane, fragment);
+        uint8_t fragment[32], expected[32];
+        ExpectedFragment(codes, tile * kTileK + 16 * j, lane, fragment, format.code_bytes());
         format.encode_fragment(fragment, expected);
-        const size_t offset =
-            size_t(tile) * TileBytes(format.bits) + FragmentOffset(format.bits, lane, j);
-        EXPECT(std::memcmp(expected, &bytes[offset], size_t(format.bits)) == 0,
-               "%s: tile %d lane %d fragment %d", format.name, int(tile), lane, j);
-        for (int b = 0; b < format.bits; ++b) ++owners[offset + b];
+        for (int b = 0; b < format.bits; ++b) {
+          const size_t at =
+              size_t(tile) * TileBytes(format.bits) + FragmentOffset(format.bits, lane, j, b);
+          EXPECT(bytes[at] == expected[b], "%s: tile %d lane %d fragment %d byte %d", format.name,
+                 int(tile), lane, j, b);
+          ++owners[at];
+        }
       }
   for (size_t i = 0; i < owners.size(); ++i)
     EXPECT(owners[i] == 1, "%s: byte %zu has %d owners", format.name, i, owners[i]);
@@ -252,7 +258,7 @@ int Main() {
   EXPECT(FindFormat("int4") && FindFormat("int8"), "%zu formats", Formats().size());
   for (const Format* format : Formats()) {
     TestPlaces(*format);
-    TestFragmentKeepsCodes(*format);
+    if (!format->plain()) TestFragmentKeepsCodes(*format);
   }
   TestInt4(GetFormat("int4"));
   TestInt8(GetFormat("int8"));

@@ -107,6 +107,7 @@ class QMoECase:
     router_dtype: str | None = None
     router_weights: bool = False
     sparse_mixer: bool = False
+    shared: int = 0  # experts at the end that all tokens go to
     rank: int = 2
     router_rank: int = 2
     trailing_group_axis: bool = False  # per channel: scales [E, N, 1] instead of [E, N]
@@ -181,6 +182,7 @@ class QMoECase:
             "activation_beta": self.beta,
             "swiglu_limit": self.limit,
             "use_sparse_mixer": int(self.sparse_mixer) or None,
+            "num_shared_experts": self.shared or None,
             "accuracy_level": self.accuracy_level or None,
         }
         if own_formats:
@@ -247,10 +249,10 @@ class QMoECase:
             weights = rng.uniform(0.05, 1.0, (self.tokens, self.experts))
             tensors["router_weights"] = weights.astype(router_dtype)
         if self.rank == 3:
-            tensors["input"] = _split_tokens(tensors["input"])
+            tensors["input"] = split_tokens(tensors["input"])
         if self.router_rank == 3:
             for name in tensors.keys() & {"router_probs", "router_weights"}:
-                tensors[name] = _split_tokens(tensors[name])
+                tensors[name] = split_tokens(tensors[name])
         return tensors
 
     def model(self, tensors: Tensors, domain: str = DOMAIN) -> onnx.ModelProto:
@@ -270,7 +272,7 @@ class QMoECase:
         return qmoe_oracle(tensors, self.attributes())
 
 
-def _split_tokens(array: np.ndarray) -> np.ndarray:
+def split_tokens(array: np.ndarray) -> np.ndarray:
     """[T, D] as [B, S, D], B = 2 where T is even."""
     batch = 2 if array.shape[0] % 2 == 0 else 1
     return array.reshape(batch, array.shape[0] // batch, array.shape[1])
@@ -340,6 +342,10 @@ class MatMulNBitsCase:
         return formats.get(self.format)
 
     @property
+    def block(self) -> int:
+        return self.block_size
+
+    @property
     def groups(self) -> int:
         return -(-self.k // self.block_size)
 
@@ -386,7 +392,7 @@ class MatMulNBitsCase:
         codes = typed(weights["codes"], fmt)
         a = rng.standard_normal((self.m, self.k)).astype(dtype)
         if self.rank == 3:
-            a = _split_tokens(a)
+            a = split_tokens(a)
         elif self.rank == 1:
             a = a.reshape(-1)
         tensors: Tensors = {
@@ -434,6 +440,13 @@ class MatMulNBitsCase:
     def expected(self, tensors: Tensors) -> np.ndarray:
         """What the oracle says, float64."""
         return matmul_nbits_oracle(tensors, self.attributes())
+
+    def operands(self, tensors: Tensors) -> tuple[np.ndarray, np.ndarray]:
+        """A, and the weights, float64."""
+        names = ("B", "scales", "zero_points", "g_idx", "codebook", "global_scale")
+        sizes = {"k": self.k, "n": self.n, "block_size": self.block_size}
+        weights = reference.matmul_nbits_weights(*map(tensors.get, names), **sizes, fmt=self.fmt)
+        return tensors["A"].astype(np.float64), weights
 
 
 def matmul_nbits_oracle(tensors: Tensors, attributes: dict[str, int | float | str]) -> np.ndarray:

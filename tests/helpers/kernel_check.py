@@ -20,21 +20,21 @@ from qmoe_plugin.kernels import Kernel, Problem, explain
 def problems(case: Case, target: Target) -> Iterator[Problem]:
     """The matrix products of a case, as kernel selection sees them."""
     common = {"target": target, "dtype": case.dtype, "accuracy_level": case.accuracy_level}
-    if case.op_type == "MatMulNBits":
+    if case.op_type not in ("QMoE", "MoE"):
         yield Problem(
             stage="dense",
             format=case.format,
             n=case.n,
             k=case.k,
             rows=case.m,
-            block_size=case.block_size,
+            block_size=case.block,
             zero_points=case.zero_points != "none",
             **common,
         )
         return
     gated = case.activation in GATED or case.fc3
     common |= {
-        "rows": case.tokens * case.k,
+        "rows": case.tokens * (case.k + case.shared),
         "experts": case.experts,
     }
     activation = "swiglu" if case.activation == "silu" and case.fc3 else case.activation

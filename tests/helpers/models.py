@@ -50,9 +50,30 @@ MATMUL_NBITS_INPUTS = (
     "global_scale",
 )
 
+MOE_INPUTS = (
+    "input",
+    "router_probs",
+    "fc1_experts_weights",
+    "fc1_experts_bias",
+    "fc2_experts_weights",
+    "fc2_experts_bias",
+    "fc3_experts_weights",
+    "fc3_experts_bias",
+)
+
 INPUT_NAMES: dict[str, tuple[str, ...]] = {
     "QMoE": QMOE_INPUTS,
+    "MoE": MOE_INPUTS,
     "MatMulNBits": MATMUL_NBITS_INPUTS,
+    "MatMulBlockQuantizedFp8Weight": ("A", "B", "b_scale", "a_scale", "bias"),
+    "MatMulBlockQuantizedFp4Weight": (
+        "A",
+        "B",
+        "weight_scale",
+        "weight_scale_2",
+        "input_scale",
+        "bias",
+    ),
 }
 # Known at run time only; every other input is a weight and must be constant.
 ACTIVATION_INPUTS = frozenset({"input", "router_probs", "router_weights", "A"})
@@ -78,10 +99,10 @@ def one_node_model(
     feed: frozenset[str] = ACTIVATION_INPUTS,
     extra_nodes: Sequence[onnx.NodeProto] = (),
 ) -> onnx.ModelProto:
-    """A model of one QMoE or MatMulNBits node named "node", whose output is "output".
+    """A model of one node of our ops named "node", whose output is "output".
 
     Args:
-        op_type: "QMoE" or "MatMulNBits".
+        op_type: Of the node.
         tensors: By input name. Those in `feed` become graph inputs, of which only the rank and the
             last dimension are
             fixed; the others become initializers.

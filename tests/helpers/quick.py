@@ -5,13 +5,19 @@ They are made for every registered format. `pytest -m quick` runs them all.
 
 from __future__ import annotations
 
+from helpers.block_quantized_cases import Fp4WeightCase, Fp8WeightCase
 from helpers.cases import Case, MatMulNBitsCase, QMoECase
 from helpers.dtypes import FLOAT_DTYPES
+from helpers.moe_cases import MoECase
 from qmoe_plugin import formats
+
+BLOCK_QUANTIZED = {made.format: made for made in (Fp8WeightCase, Fp4WeightCase)}
 
 
 def quick_cases(format_name: str) -> list[Case]:
     """Cases of one format: every dtype, few and many rows, and most options of the ops."""
+    if format_name in formats.PLAIN_FORMATS:
+        return plain_cases(format_name)
     fmt = formats.get(format_name)
     cases: list[Case] = []
     for dtype in FLOAT_DTYPES:
@@ -19,6 +25,7 @@ def quick_cases(format_name: str) -> list[Case]:
         cases += [
             QMoECase(**common, tokens=1, hidden=96, inter=160, experts=8, k=4, activation="swiglu"),
             QMoECase(**common, tokens=33, block_size=0, activation="silu", scale_dtype="float32"),
+            QMoECase(**common, tokens=9, experts=5, shared=2),
             QMoECase(**common, tokens=70, block_size=64, hidden=128, inter=192, activation="geglu"),
             QMoECase(
                 **common,
@@ -47,6 +54,13 @@ def quick_cases(format_name: str) -> list[Case]:
                 MatMulNBitsCase(**common, m=3, scale_dtype="float8e8m0", global_scales=True),
                 MatMulNBitsCase(**common, m=9, scale_dtype="float8e4m3fn"),
             ]
+        if format_name in BLOCK_QUANTIZED:
+            made = BLOCK_QUANTIZED[format_name]
+            cases += [
+                made(dtype=dtype, m=1, n=40, k=288),
+                made(dtype=dtype, m=2, n=17, k=94, block_size=32, a_scale=True),
+                made(dtype=dtype, m=70, n=130, k=320, bias=False, a_scale=True),
+            ]
         zero_points = "packed" if fmt.zero_points else "none"
         cases += [
             MatMulNBitsCase(**common, m=1, n=40, k=288),
@@ -55,3 +69,18 @@ def quick_cases(format_name: str) -> list[Case]:
             MatMulNBitsCase(**common, m=130, n=72, k=160, g_idx="shuffled"),
         ]
     return list(dict.fromkeys(case.fitted() for case in cases))
+
+
+def plain_cases(weights: str) -> list[Case]:
+    """Cases of a MoE with weights of this type."""
+    cases: list[Case] = []
+    for dtype in FLOAT_DTYPES:
+        common = {"dtype": dtype, "weights": None if dtype == weights else weights}
+        cases += [
+            MoECase(**common, tokens=1, hidden=96, inter=160, experts=8, k=4),
+            MoECase(**common, tokens=33, activation="silu"),
+            MoECase(**common, tokens=9, experts=5, shared=1),
+            MoECase(**common, tokens=70, hidden=200, inter=72, activation="geglu", fusion=2),
+            MoECase(**common, tokens=5, hidden=37, inter=21, fusion=0, fc3=True, rank=3),
+        ]
+    return cases

@@ -53,7 +53,7 @@ def tolerance(case: Case) -> float:
 def allowed_error(case: Case, tensors: Tensors) -> np.ndarray:
     """How far each element of the result may be from the oracle, float64."""
     flips: np.ndarray | float = 0.0
-    if case.op_type == "QMoE":
+    if case.op_type in ("QMoE", "MoE"):
         scale, flips = qmoe_error_scale(tensors, dict(case.attributes()))
     else:
         scale = error_scale(case, tensors)
@@ -62,22 +62,10 @@ def allowed_error(case: Case, tensors: Tensors) -> np.ndarray:
 
 def error_scale(case: Case, tensors: Tensors) -> np.ndarray:
     """The yardstick of each element of the result, float64; see the top of this file."""
-    if case.op_type == "QMoE":
+    if case.op_type in ("QMoE", "MoE"):
         return qmoe_error_scale(tensors, dict(case.attributes()))[0]
-    attributes = case.attributes()
-    weights = reference.matmul_nbits_weights(
-        tensors["B"],
-        tensors["scales"],
-        tensors.get("zero_points"),
-        tensors.get("g_idx"),
-        tensors.get("codebook"),
-        tensors.get("global_scale"),
-        k=int(attributes["K"]),
-        n=int(attributes["N"]),
-        block_size=int(attributes["block_size"]),
-        fmt=reference.matmul_nbits_format(attributes),
-    )
-    walk = _walk(tensors["A"].astype(np.float64), weights, tensors.get("bias"))
+    inputs, weights = case.operands(tensors)
+    walk = _walk(inputs, weights, tensors.get("bias"))
     return np.abs(case.expected(tensors)) + walk
 
 
@@ -100,6 +88,7 @@ def qmoe_error_scale(tensors: Tensors, attributes: dict) -> tuple[np.ndarray, np
         normalize=bool(attrs["normalize_routing_weights"]),
         router_weights=None if router_weights is None else router_weights.reshape(-1, experts),
         use_sparse_mixer=bool(attrs["use_sparse_mixer"]),
+        num_shared_experts=attrs["num_shared_experts"],
     )
 
     def weights(name: str, k: int, expert: int) -> tuple[np.ndarray, np.ndarray | None]:

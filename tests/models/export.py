@@ -79,6 +79,14 @@ def _genai(recipe: str) -> list[Export]:
     ]
 
 
+def _float(recipe: str) -> list[Export]:
+    """Experts that are not quantised: op MoE."""
+    return [
+        Export(recipe, "float32", "genai", ("fp32", "cpu")),
+        Export(recipe, "float16", "genai", ("fp16", *_CUDA), "float16"),
+    ]
+
+
 def _mobius(recipe: str) -> list[Export]:
     return [
         Export(recipe, "int4", "mobius", ("dtype=f32", "execution_provider=cuda")),
@@ -91,6 +99,8 @@ EXPORTS = [
     *_genai("qwen35_moe"),
     *_genai("lfm2_moe"),
     *_genai("gemma4"),
+    *_float("gpt_oss"),
+    *_float("qwen35_moe"),
     # Qwen3.5's weights have one scale a row: these grids lose nothing either.
     Export("qwen35_moe", "int4_channel", "genai", (*_INT4, "qmoe_block_size=0")),
     Export("qwen35_moe", "int8_channel", "genai", (*_INT8, "qmoe_block_size=0")),

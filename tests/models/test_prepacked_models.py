@@ -16,6 +16,9 @@ from qmoe_plugin.devices import best_target
 
 pytestmark = pytest.mark.models
 
+# prepack takes quantised weights only, not those of op MoE.
+PACKABLE = [item for item in export.EXPORTS if item.name not in ("float32", "float16")]
+
 
 def prepack(item: export.Export, exports: export.Exports, output: Path, sm: int | None) -> None:
     """Writes the packed model; nothing may be left unpacked."""
@@ -24,7 +27,7 @@ def prepack(item: export.Export, exports: export.Exports, output: Path, sm: int 
     assert not report.kept, str(report)
 
 
-@pytest.mark.parametrize("item", export.EXPORTS, ids=lambda item: item.id)
+@pytest.mark.parametrize("item", PACKABLE, ids=lambda item: item.id)
 def test_logits(item: export.Export, exports: export.Exports, device: str, tmp_path: Path) -> None:
     sm = best_target().sm if device == "cuda" else None
     packed = tmp_path / "packed" / "model.onnx"
@@ -37,7 +40,9 @@ def test_logits(item: export.Export, exports: export.Exports, device: str, tmp_p
         np.testing.assert_array_equal(first.step(tokens), second.step(tokens))
 
 
-@pytest.mark.parametrize("item", EXACT, ids=lambda item: item.id)
+@pytest.mark.parametrize(
+    "item", [item for item in EXACT if item in PACKABLE], ids=lambda item: item.id
+)
 def test_genai_generates_the_same_tokens(
     item: export.Export, exports: export.Exports, tmp_path: Path
 ) -> None:

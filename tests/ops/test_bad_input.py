@@ -100,6 +100,10 @@ QMOE = [
     Bad("k=2^40", r"k is 1099511627776; it must be", attributes={"k": 1 << 40}),
     Bad("1025 experts", r"1025 experts; allowed are 1 to 1024", case=Q("int8", 0, hidden=8, inter=8, experts=1025)),
     Bad("sparse mixer with k=3", r"use_sparse_mixer=1 needs k=2, not k=3", attributes={"use_sparse_mixer": 1, "k": 3}),
+    Bad("all experts shared", r"num_shared_experts is 4; it must be from 0 to 3, as one of the 4 experts", attributes={"num_shared_experts": 4}),
+    Bad("num_shared_experts -1", r"num_shared_experts is -1; it must be from 0 to 3", attributes={"num_shared_experts": -1}),
+    Bad("k of shared experts", r"k is 4; it must be from 1 to the number of routed experts, 2", attributes={"num_shared_experts": 2, "k": 4}),
+    Bad("k that would overflow", r"k is 9223372036854775807; it must be from 1 to the number of routed experts, 3", attributes={"num_shared_experts": 1, "k": 2**63 - 1}),
     Bad("use_sparse_mixer=2", r"use_sparse_mixer is 2; it must be 0 or 1", attributes={"use_sparse_mixer": 2}),
     Bad("normalize=-1", r"normalize_routing_weights is -1; it must be 0 or 1", attributes={"normalize_routing_weights": -1}),
     # --- other attributes

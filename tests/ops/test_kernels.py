@@ -27,7 +27,8 @@ from qmoe_plugin.kernels import Kernel
 
 TESTS = Path(__file__).parents[1]
 
-QUICK_CASES = [case for name in formats.FORMATS for case in quick_cases(name)]
+ALL_FORMATS = [*formats.FORMATS, *formats.PLAIN_FORMATS]
+QUICK_CASES = [case for name in ALL_FORMATS for case in quick_cases(name)]
 
 
 def every_kernel() -> list[Kernel | None]:
@@ -44,7 +45,9 @@ def test_quick(case: Case, device: str) -> None:
 
 def test_the_library_and_python_know_the_same_formats(library: str) -> None:
     compiled = {row["name"]: row for row in qmoe_plugin.library.native().formats()}
-    assert compiled.keys() == formats.FORMATS.keys()
+    assert compiled.keys() == formats.FORMATS.keys() | formats.PLAIN_FORMATS.keys()
+    for name, bits in formats.PLAIN_FORMATS.items():
+        assert (compiled[name]["bits"], compiled[name]["values"]) == (bits, [])
     for name, fmt in formats.FORMATS.items():
         row = compiled[name]
         assert (row["bits"], row["zero_points"]) == (fmt.bits, fmt.zero_points)
@@ -56,7 +59,7 @@ def test_the_library_and_python_know_the_same_formats(library: str) -> None:
 
 def test_every_format_has_a_kernel_on_the_cpu(library: str) -> None:
     available = {k.format for k in qmoe_plugin.kernels() if k.device == "CPU" and k.available}
-    assert available == formats.FORMATS.keys()
+    assert available == set(ALL_FORMATS)
 
 
 on_every_kernel = pytest.mark.parametrize(
@@ -113,11 +116,11 @@ def run_in_child(kernel: str, isa: str) -> None:
     assert child.returncode == 0, f"{child.stdout}\n{child.stderr}"
 
 
-@pytest.mark.parametrize("format_name", list(formats.FORMATS))
+@pytest.mark.parametrize("format_name", ALL_FORMATS)
 def test_a_token_does_not_depend_on_its_neighbours(format_name: str) -> None:
     """On the CPU, the result of a token is the same bits whatever else is in the batch."""
     for case in quick_cases(format_name):
-        if case.op_type != "QMoE" or case.tokens < 5 or case.rank != 2:
+        if case.op_type not in ("QMoE", "MoE") or case.tokens < 5 or case.rank != 2:
             continue
         tensors, together = run_case(case, "cpu")
         session = open_session(case.model(tensors))

@@ -60,7 +60,7 @@ def prepacked(case: Case, sm: int | None = None, domain: str = "qmoe_plugin") ->
 
 INTEGERS = ("int2", "int4", "int8")
 CASES: list[Case] = [
-    *(case for name in formats.FORMATS for case in quick_cases(name) if getattr(case, "g_idx", "none") == "none"),
+    *(case for name in formats.FORMATS for case in quick_cases(name) if case.op_type in ("QMoE", "MatMulNBits") and getattr(case, "g_idx", "none") == "none"),
     # ups of their own, and activations that say so in another way than packed nodes do
     *(Q(name, fusion=0, fc3=True, activation=activation, alpha=1.3, beta=0.5, limit=limit) for name in INTEGERS for activation, limit in (("silu", 2.0), ("swiglu", 2.0), ("geglu", None))),
     Q("fp8_e4m3", block_size=64, fusion=0, fc3=True, activation="silu", hidden=80, inter=112),

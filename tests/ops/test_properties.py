@@ -11,8 +11,10 @@ import os
 
 import numpy as np
 import pytest
+from helpers.block_quantized_cases import Fp4WeightCase, Fp8WeightCase
 from helpers.cases import ACTIVATIONS, GATED, MatMulNBitsCase, QMoECase, feeds_of
 from helpers.dtypes import FLOAT_DTYPES
+from helpers.moe_cases import MoECase
 from helpers.run import bits_of, open_session, run, run_case
 from helpers.tolerance import check
 from hypothesis import HealthCheck, given, settings
@@ -83,13 +85,6 @@ def qmoe_cases(draw: st.DrawFn) -> QMoECase:
     fmt = formats.get(draw(st.sampled_from(list(formats.FORMATS))))
     block_size = draw(st.sampled_from([0, 16, 32, 64, 128]))
     unit, most = block_size or 8, 3 if block_size > 64 else 5
-    experts = draw(st.integers(1, 12) | st.integers(13, 70))
-    k = draw(st.integers(1, min(experts, 12)))
-    activation = draw(st.sampled_from(ACTIVATIONS))
-    gated = activation in GATED
-    fusion = draw(st.sampled_from([0, 1, 2])) if gated else 0
-    fc3 = fusion == 0 and (gated or activation == "silu") and draw(st.booleans())
-    swiglu = activation == "swiglu"
     router_weights = draw(st.booleans())
     quant_type = draw(st.sampled_from([None, *fmt.other_quant_types]))
     fc2 = draw(st.sampled_from([None, None, *formats.FORMATS]))
@@ -114,27 +109,72 @@ def qmoe_cases(draw: st.DrawFn) -> QMoECase:
         signs=draw(st.booleans()),
         hidden=unit * draw(st.integers(1, most)),
         inter=unit * draw(st.integers(1, most)),
-        experts=experts,
-        k=k,
-        tokens=draw(st.integers(0, 12) | st.integers(13, 90)),
-        activation=activation,
-        fusion=fusion,
-        fc3=fc3,
-        alpha=draw(st.none() | st.floats(-2, 4, width=32)) if swiglu else None,
-        beta=draw(st.none() | st.floats(-2, 2, width=32)) if swiglu else None,
-        limit=draw(st.none() | st.floats(0.125, 10, width=32)) if swiglu else None,
-        bias=draw(st.booleans()),
-        normalize=draw(st.booleans()),
-        router=draw(st.sampled_from(["random", "ties", "equal", "one_expert", "masked", "far"])),
-        router_dtype=draw(optional_dtypes),
         router_weights=router_weights,
-        rank=draw(st.sampled_from([2, 3])),
-        router_rank=draw(st.sampled_from([2, 3])),
         trailing_group_axis=block_size == 0 and draw(st.booleans()),
         accuracy_level=draw(st.sampled_from([0, 0, 0, 4])),
-        seed=draw(seeds),
+        **draw(moe_options()),
     )
     return case.fitted()
+
+
+@st.composite
+def moe_options(draw: st.DrawFn) -> dict[str, object]:
+    """What QMoE and MoE nodes share: routing, activation, tokens."""
+    experts = draw(st.integers(1, 12) | st.integers(13, 70))
+    shared = draw(st.sampled_from([0, 0, min(1, experts - 1), min(3, experts - 1)]))
+    activation = draw(st.sampled_from(ACTIVATIONS))
+    gated = activation in GATED
+    fusion = draw(st.sampled_from([0, 1, 2])) if gated else 0
+    swiglu = activation == "swiglu"
+    routers = ["random", "ties", "equal", "one_expert", "far"]
+    if not shared:  # else all routed experts might be masked
+        routers.append("masked")
+    return {
+        "experts": experts,
+        "shared": shared,
+        "k": draw(st.integers(1, min(experts - shared, 12))),
+        "tokens": draw(st.integers(0, 12) | st.integers(13, 90)),
+        "activation": activation,
+        "fusion": fusion,
+        "fc3": fusion == 0 and (gated or activation == "silu") and draw(st.booleans()),
+        "alpha": draw(st.none() | st.floats(-2, 4, width=32)) if swiglu else None,
+        "beta": draw(st.none() | st.floats(-2, 2, width=32)) if swiglu else None,
+        "limit": draw(st.none() | st.floats(0.125, 10, width=32)) if swiglu else None,
+        "bias": draw(st.booleans()),
+        "normalize": draw(st.booleans()),
+        "router": draw(st.sampled_from(routers)),
+        "router_dtype": draw(optional_dtypes),
+        "rank": draw(st.sampled_from([2, 3])),
+        "router_rank": draw(st.sampled_from([2, 3])),
+        "seed": draw(seeds),
+    }
+
+
+@st.composite
+def moe_cases(draw: st.DrawFn) -> MoECase:
+    """Any MoE node up to some hundred in each dimension."""
+    return MoECase(
+        dtype=draw(dtypes),
+        weights=draw(optional_dtypes),
+        hidden=draw(st.integers(1, 150)),
+        inter=draw(st.integers(1, 150)),
+        **draw(moe_options()),
+    )
+
+
+block_quantized_cases = st.sampled_from([Fp8WeightCase, Fp4WeightCase]).flatmap(
+    lambda made: st.builds(
+        made,
+        dtype=dtypes,
+        block_size=st.sampled_from([None, 16, 32, 64, 128, 256]),
+        m=st.integers(0, 20) | st.integers(21, 140),
+        n=st.integers(1, 150),
+        k=st.integers(1, 200).map(lambda half: 2 * half),
+        a_scale=st.booleans(),
+        bias=st.booleans(),
+        seed=seeds,
+    )
+)
 
 
 @relaxed
@@ -147,6 +187,20 @@ def test_any_matmul_nbits(device: str, case: MatMulNBitsCase) -> None:
 @relaxed
 @given(case=qmoe_cases())
 def test_any_qmoe(device: str, case: QMoECase) -> None:
+    tensors, result = run_case(case, device)
+    check(case, tensors, result)
+
+
+@relaxed
+@given(case=moe_cases())
+def test_any_moe(device: str, case: MoECase) -> None:
+    tensors, result = run_case(case, device)
+    check(case, tensors, result)
+
+
+@relaxed
+@given(case=block_quantized_cases)
+def test_any_block_quantized(device: str, case: Fp8WeightCase | Fp4WeightCase) -> None:
     tensors, result = run_case(case, device)
     check(case, tensors, result)
 

@@ -5,6 +5,7 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.cases import QMoECase, qmoe_oracle
 
 from qmoe_plugin import formats, reference
 from qmoe_plugin.reference import Projection
@@ -363,3 +364,30 @@ class TestMatMulNBits:
     def test_no_rows(self) -> None:
         y = reference.matmul_nbits(np.zeros((0, 20)), self.B, self.SCALES, **self.ATTRIBUTES)
         assert y.shape == (0, 2)
+
+
+def test_shared_experts_are_added_to_the_routed_ones() -> None:
+    """With S shared experts the op is a routed one, plus each shared expert alone, gated."""
+    case = QMoECase(experts=5, shared=2, tokens=4, router_weights=True)
+    tensors, attributes = case.tensors(), case.attributes()
+    gates = tensors["router_probs"].astype(np.float64)
+
+    def of_experts(experts: slice, **changes: int) -> np.ndarray:
+        router = ("router_probs", "router_weights")
+        parts = {
+            name: tensor[:, experts]
+            if name in router
+            else tensor[experts]
+            if name.startswith("fc")
+            else tensor
+            for name, tensor in tensors.items()
+        }
+        return qmoe_oracle(parts, {**attributes, "num_shared_experts": 0, **changes})
+
+    expected = of_experts(slice(0, 3))
+    got = qmoe_oracle(tensors, attributes)
+    del tensors["router_weights"]
+    for shared in (3, 4):
+        alone = of_experts(slice(shared, shared + 1), k=1)  # its softmax is 1
+        expected += alone / (1 + np.exp(-gates[:, shared : shared + 1]))
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)

@@ -146,3 +146,37 @@ def test_sparse_mixer_with_router_weights(normalize: bool, device: str) -> None:
         Case(sparse_mixer=True, router_weights=True, normalize=normalize, experts=8, tokens=20),
         device=device,
     )
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize(("experts", "k", "shared"), [(2, 1, 1), (5, 2, 2), (5, 4, 1), (60, 6, 3)])
+def test_shared_experts(experts: int, k: int, shared: int, dtype: str, device: str) -> None:
+    common = {"experts": experts, "k": k, "shared": shared, "dtype": dtype, "hidden": 32}
+    for options in (
+        {"tokens": 1},
+        {"tokens": 40, "normalize": False},
+        {"tokens": 7, "router_weights": True, "router_dtype": "float32", "inter": 32},
+        {"tokens": 12, "router": "ties"},
+        {"tokens": 0},
+    ):
+        verify(Case(**common, **options), device=device)
+
+
+def test_shared_experts_beside_the_sparse_mixer(device: str) -> None:
+    verify(Case(sparse_mixer=True, experts=9, shared=1, router="ties", tokens=20), device=device)
+
+
+def test_shared_experts_with_formats_and_layouts(device: str) -> None:
+    common = {"experts": 6, "shared": 2, "tokens": 9}
+    verify(Case("int8", layout="fpa_intb", hidden=128, inter=64, **common), device=device)
+    verify(Case("nvfp4", fusion=2, **common).fitted(), device=device)
+    verify(Case("mxfp4", quant_type="wfp4afp8", act_scales="experts", **common), device=device)
+
+
+@pytest.mark.parametrize("gate", [-np.inf, -30.0, 0.0, 30.0, np.inf])
+def test_gates_of_shared_experts(gate: float, device: str) -> None:
+    """A gate neither takes part in the choice of routed experts nor in their softmax."""
+    case = Case(experts=5, shared=1, tokens=6)
+    tensors = case.tensors()
+    tensors["router_probs"][:, -1] = gate
+    check(case, tensors, run(open_session(case.model(tensors), device), feeds_of(tensors)))

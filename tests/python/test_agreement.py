@@ -10,8 +10,10 @@ import numpy as np
 import onnxruntime
 import pytest
 from helpers.blank import SCALE_TYPES, Blank
+from helpers.block_quantized_cases import Fp4WeightCase, Fp8WeightCase
 from helpers.cases import MatMulNBitsCase, QMoECase
 from helpers.models import one_node_model
+from helpers.moe_cases import MoECase
 from helpers.packed import packed_tensors, resealed, with_input, with_packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,12 +38,28 @@ QMOE_ATTRIBUTES = {
     "fc2_format": FORMATS,
     "k": st.sampled_from([-1, 0, 1, 2, 4, 5]),
     "normalize_routing_weights": FLAGS,
-    "quant_type": st.sampled_from(["int", "fp4", "nvfp4", "fp8", "wfp4afp8", "codebook4", "int8"]),
+    "num_shared_experts": st.sampled_from([-1, 0, 1, 2, 3, 4, 2**63 - 1]),
+    "quant_type": st.sampled_from(
+        ["int", "fp4", "nvfp4", "fp8", "wfp4afp8", "codebook4", "int8", "float16"]
+    ),
     "swiglu_fusion": st.sampled_from([-1, 0, 1, 2, 3]),
     "swiglu_limit": st.sampled_from([7.0, 0.0, -1.0, float("inf")]),
     "use_sparse_mixer": FLAGS,
     "weights_layout": st.sampled_from(["", "raw", "k_major", "fpa_intb", "other"]),
     "weights_prepacked": st.sampled_from([-1, 0, 1, 2]),
+}
+MOE_ATTRIBUTES = {
+    name: QMOE_ATTRIBUTES[name]
+    for name in (
+        "activation_alpha",
+        "activation_type",
+        "k",
+        "normalize_routing_weights",
+        "num_shared_experts",
+        "swiglu_fusion",
+        "swiglu_limit",
+        "use_sparse_mixer",
+    )
 }
 MATMUL_ATTRIBUTES = {
     "K": st.sampled_from([0, 95, 96, 128]),
@@ -64,6 +82,17 @@ QMOE_CASES = st.builds(
     fc3=st.booleans(),
     bias=st.booleans(),
     trailing_group_axis=st.booleans(),
+)
+MOE_CASES = st.builds(
+    MoECase,
+    dtype=st.sampled_from(["float32", "float16"]),
+    weights=st.sampled_from([None, "float32", "float16", "bfloat16"]),
+    hidden=st.sampled_from([16, 33]),
+    inter=st.sampled_from([16, 33]),
+    activation=st.sampled_from(["relu", "silu", "swiglu", "geglu"]),
+    fusion=FLAGS,
+    fc3=st.booleans(),
+    bias=st.booleans(),
 )
 SIZES = {
     "hidden": st.sampled_from([64, 96, 128]),
@@ -163,6 +192,19 @@ MATMUL_CASES = st.builds(
 )
 
 
+BLOCK_QUANTIZED_CASES = st.sampled_from([Fp8WeightCase, Fp4WeightCase]).flatmap(
+    lambda made: st.builds(
+        made,
+        dtype=st.sampled_from(["float32", "float16"]),
+        block_size=st.sampled_from([None, 16, 32, 1024]),
+        n=st.sampled_from([16, 33]),
+        k=st.sampled_from([16, 34]),
+        a_scale=st.booleans(),
+        bias=st.booleans(),
+    )
+)
+
+
 def subsets(attributes):
     """A few of the attributes, each with one of its values."""
     return st.lists(st.sampled_from(sorted(attributes)), max_size=1, unique=True).flatmap(
@@ -184,7 +226,7 @@ def reshaped(draw, tensors):
     if change == "transpose":
         changed = np.ascontiguousarray(np.swapaxes(tensor, -1, -2)) if tensor.ndim > 1 else tensor
     elif change == "shorten":
-        changed = tensor[..., :-1]
+        changed = tensor[..., :-1] if tensor.ndim else tensor
     elif change == "flatten":
         changed = tensor.reshape(-1)
     elif change == "wider":
@@ -238,6 +280,15 @@ def test_qmoe(data):
     tensors = data.draw(reshaped(case.tensors()))
     model = one_node_model("QMoE", tensors, case.attributes(), domain="com.microsoft")
     compare(with_attributes(model, data.draw(subsets(QMOE_ATTRIBUTES))))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_moe(data):
+    case = data.draw(MOE_CASES)
+    tensors = data.draw(reshaped(case.tensors()))
+    model = one_node_model("MoE", tensors, case.attributes(), domain="com.microsoft")
+    compare(with_attributes(model, data.draw(subsets(MOE_ATTRIBUTES))))
 
 
 @settings(max_examples=400, deadline=None)
@@ -332,3 +383,13 @@ def test_packed_weights(data):
         limit = 5 if node.op_type == "MatMulNBits" else 20
         model = with_input(model, min(index, limit), data.draw(PACKED_INPUTS))
     compare(model)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_block_quantized(data):
+    case = data.draw(BLOCK_QUANTIZED_CASES)
+    tensors = data.draw(reshaped(case.tensors()))
+    model = one_node_model(case.op_type, tensors, case.attributes(), domain="com.microsoft")
+    attributes = {"block_size": st.sampled_from([0, 8, 16, 24, 128])}
+    compare(with_attributes(model, data.draw(subsets(attributes))))

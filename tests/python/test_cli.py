@@ -160,7 +160,7 @@ def test_explain_for_a_device_without_kernels_fails(path, capsys):
 
 def test_explain_a_node_that_is_not_there(path, capsys):
     assert main(["explain", str(path), "--node", "gone"]) == 1
-    assert "no QMoE or MatMulNBits node called 'gone'" in capsys.readouterr().err
+    assert "MatMulBlockQuantizedFp4Weight node called 'gone'" in capsys.readouterr().err
 
 
 def test_doctor(capsys):

@@ -6,8 +6,10 @@ import onnx
 import onnxruntime
 import pytest
 from helpers.blank import Blank
+from helpers.block_quantized_cases import Fp4WeightCase, Fp8WeightCase
 from helpers.cases import MatMulNBitsCase, QMoECase, feeds_of
 from helpers.models import save_external
+from helpers.moe_cases import MoECase
 from helpers.run import open_session, run
 from helpers.tolerance import check
 from onnx import TensorProto, helper
@@ -15,6 +17,7 @@ from onnx import TensorProto, helper
 import qmoe_plugin
 from qmoe_plugin import override
 from qmoe_plugin.devices import Target
+from qmoe_plugin.library import OPS
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -29,6 +32,10 @@ CASES = [
     QMoECase(activation="geglu"),
     MatMulNBitsCase(dtype="bfloat16"),
     MatMulNBitsCase(layout="fpa_intb", n=64, k=128),
+    MoECase(dtype="bfloat16"),
+    MoECase(fusion=0, fc3=True),
+    Fp8WeightCase(a_scale=True),
+    Fp4WeightCase(),
 ]
 
 
@@ -40,15 +47,22 @@ def overriding_options():
 
 
 def test_the_installed_onnxruntime_has_nothing_that_we_do_not_know():
-    """A new attribute, input or type of com.microsoft QMoE or MatMulNBits fails here."""
+    """A new attribute, input or type of one of these ops of com.microsoft fails here."""
     assert override.schema_gaps() == []
     override.check_override()
 
 
+def test_all_our_ops_are_com_microsofts():
+    module = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    theirs = {s.name for s in module.get_all_operator_schema() if s.domain == STOCK}
+    assert set(OPS) <= theirs
+    assert set(OPS) == override.STOCK_ATTRIBUTES.keys() == override.STOCK_INPUTS.keys()
+
+
 def test_both_ops_are_looked_at(monkeypatch):
     """The test above would see what is new."""
-    monkeypatch.setitem(override._ATTRIBUTES, "QMoE", frozenset())
-    monkeypatch.setitem(override._INPUTS, "MatMulNBits", ("A", "B", "scales", "zeros"))
+    monkeypatch.setitem(override.STOCK_ATTRIBUTES, "QMoE", frozenset())
+    monkeypatch.setitem(override.STOCK_INPUTS, "MatMulNBits", ("A", "B", "scales", "zeros"))
     monkeypatch.setattr(override, "_TYPES", override._TYPES - {"tensor(bfloat16)"})
     gaps = override.schema_gaps()
     assert "QMoE has attribute activation_type" in gaps

@@ -20,6 +20,7 @@ from qmoe_plugin.formats.rounding import Quantized
 __all__ = [
     "ENTRY_POINTS",
     "FORMATS",
+    "PLAIN_FORMATS",
     "Format",
     "Quantized",
     "for_attributes",
@@ -95,6 +96,10 @@ def _load(entry: EntryPoint, others: Mapping[str, Format]) -> Format:
 _registry = _Registry()
 FORMATS: Mapping[str, Format] = _registry
 """All formats by name, those of other packages too."""
+
+PLAIN_FORMATS = {"bfloat16": 16, "float16": 16, "float32": 32}
+"""Weights that are not quantised are formats of the library, too, called like their type: name and
+bits. There is nothing to say of them here."""
 
 
 def get(name: str) -> Format:

@@ -56,17 +56,26 @@ class Description:
 
 
 def describe(node: ir.Node) -> Description:
-    """Describes a QMoE or MatMulNBits node.
+    """Describes a node of one of our ops.
 
     Raises:
         UnsupportedError: If our ops cannot run it.
     """
+    from qmoe_plugin.graph.matmul_block_quantized import describe_fp4_weight, describe_fp8_weight
     from qmoe_plugin.graph.matmul_nbits import describe_matmul_nbits
+    from qmoe_plugin.graph.moe import describe_moe
     from qmoe_plugin.graph.qmoe import describe_qmoe
 
     if node.domain not in (STOCK_DOMAIN, DOMAIN) or node.op_type not in OPS:
         raise UnsupportedError(
             f"{node.domain or 'ai.onnx'}.{node.op_type} is not one of our ops; they are "
-            f"{' and '.join(OPS)} of {STOCK_DOMAIN} or {DOMAIN}"
+            f"{', '.join(OPS)} of {STOCK_DOMAIN} or {DOMAIN}"
         )
-    return describe_qmoe(node) if node.op_type == "QMoE" else describe_matmul_nbits(node)
+    by_op = {
+        "QMoE": describe_qmoe,
+        "MoE": describe_moe,
+        "MatMulNBits": describe_matmul_nbits,
+        "MatMulBlockQuantizedFp8Weight": describe_fp8_weight,
+        "MatMulBlockQuantizedFp4Weight": describe_fp4_weight,
+    }
+    return by_op[node.op_type](node)

@@ -149,6 +149,11 @@ def _attribute(node: ir.Node, name: str, wanted: ir.AttributeType) -> ir.Attr | 
     return attribute
 
 
+def float_name(dtype: ir.DataType) -> str:
+    """The name of a type in `FLOATS`, which is also that of the format of such weights."""
+    return _DTYPE_NAMES[dtype]
+
+
 def known_attributes(node: ir.Node, known: Iterable[str]) -> None:
     """Refuses a node with an attribute that we do not know: it may change what the node means."""
     unknown = sorted(set(node.attributes) - set(known))

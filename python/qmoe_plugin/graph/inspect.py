@@ -21,7 +21,7 @@ class NodeAnswer:
 
     Attributes:
         name: Name of the node.
-        op_type: "QMoE" or "MatMulNBits".
+        op_type: As in "QMoE", one of our ops.
         domain: Where it is now.
         explanations: One a matrix product.
         reason: Why our op cannot run it whatever the kernel; "" if it can.
@@ -54,7 +54,7 @@ def explain_model(
     tokens: int = 1,
     name: str | None = None,
 ) -> list[NodeAnswer]:
-    """Explains each QMoE and MatMulNBits node of a model.
+    """Explains each node of our ops in a model.
 
     Weights are not read, but for the headers of those that were packed before.
 
@@ -81,7 +81,7 @@ def explain_model(
     ]
     if not answers:
         called = "" if name is None else f" called '{name}'"
-        raise ValueError(f"the model has no {' or '.join(OPS)} node{called}")
+        raise ValueError(f"the model has no {', '.join(OPS[:-1])} or {OPS[-1]} node{called}")
     return answers
 
 

@@ -50,13 +50,15 @@ STOCK_ATTRIBUTES = (
     "fc3_expert_weight_bits",
     "k",
     "normalize_routing_weights",
+    "num_shared_experts",
     "quant_type",
     "swiglu_fusion",
     "swiglu_limit",
     "use_sparse_mixer",
     "weights_prepacked",
 )
-"""The attributes of com.microsoft QMoE in onnxruntime 1.31.1."""
+"""The attributes of com.microsoft QMoE in onnxruntime 1.31.1, and num_shared_experts of its
+development branches."""
 
 STOCK_INPUTS = (
     "input",
@@ -87,7 +89,7 @@ INPUTS = (*STOCK_INPUTS, *(f"{name}_codebook" for name in CODEBOOKS))
 """The inputs of ours."""
 
 _ACTIVATIONS = ("identity", "relu", "gelu", "silu", "swiglu", "geglu")
-_GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu")
 
 # Input numbers of weights, scales, bias and zero points.
 _INPUTS = {"fc1": (2, 3, 4, 11), "fc2": (5, 6, 7, 12), "fc3": (8, 9, 10, 13)}
@@ -106,12 +108,12 @@ def describe_qmoe(node: ir.Node) -> Description:
     known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE, *FORMAT_ATTRIBUTES))
     known_inputs(node, len(INPUTS))
     has_fc3 = _has_fc3(node)
-    activation = _activation(node, has_fc3)
+    activation = fc1_activation(node, has_fc3)
     node_formats = find_formats(node)
     plans = plan_scales(node, node_formats, has_fc3=has_fc3)
     if is_packed(node):
         return _describe_packed(node, plans, activation)
-    projections = _projections(node, plans, fused=activation in _GATED and not has_fc3)
+    projections = _projections(node, plans, fused=activation in GATED and not has_fc3)
     fc1, fc2 = projections[:2]
     check_global_scales(node, plans, fc1.experts)
     check_act_scales(node, fc1.experts)
@@ -151,7 +153,7 @@ def _describe_packed(node: ir.Node, plans: dict[str, ScalePlan], activation: str
         read_packed(node, _INPUTS[name][0], name, plans[name].format, plans[name].block_size)
         for name in ("fc1", "fc2")
     )
-    gated, scaled = activation in _GATED, given(node, _FC1_ACT_SCALE)
+    gated, scaled = activation in GATED, given(node, _FC1_ACT_SCALE)
     fc1.check_matrix(fc1.experts, fc2.k * (2 if gated else 1), fc1.k, gated=gated, scaled=scaled)
     fc2.check_matrix(fc1.experts, fc1.k, fc2.k, gated=False, scaled=scaled)
     check_act_scales(node, fc1.experts)
@@ -177,7 +179,7 @@ def _problem(node: ir.Node, experts: int, dtype: str) -> Callable[..., Problem]:
     """Makes a problem of what its matrix is and of what all matrices of the node share."""
     return functools.partial(
         Problem,
-        rows=_topk(node, experts),
+        rows=routed_experts(node, experts),
         dtype=dtype,
         experts=experts,
         accuracy_level=accuracy_level(node),
@@ -228,7 +230,7 @@ def _tensors(node: ir.Node, plans: dict[str, ScalePlan]) -> dict[str, Tensors]:
     return tensors
 
 
-def _activation(node: ir.Node, has_fc3: bool) -> str:
+def fc1_activation(node: ir.Node, has_fc3: bool) -> str:
     """What the epilogue of fc1 applies: activation_type, with silu beside fc3 read as swiglu."""
     activation = string(node, "activation_type", "relu")
     fusion = integer(node, "swiglu_fusion", 0)
@@ -238,14 +240,14 @@ def _activation(node: ir.Node, has_fc3: bool) -> str:
         )
     if fusion not in (0, 1, 2):
         raise UnsupportedError(f"swiglu_fusion is {fusion}; allowed are 0, 1 and 2")
-    if fusion and (has_fc3 or activation not in _GATED):
+    if fusion and (has_fc3 or activation not in GATED):
         raise UnsupportedError(
             f"swiglu_fusion={fusion} says that fc1 holds gates and ups, but "
             + ("fc3 is given too" if has_fc3 else f"activation_type is '{activation}'")
         )
     if has_fc3 and activation == "silu":
         return "swiglu"  # with alpha 1, beta 0 and no limit
-    if has_fc3 and activation not in _GATED:
+    if has_fc3 and activation not in GATED:
         raise UnsupportedError(f"fc3 is given, but activation_type '{activation}' is not gated")
     alpha, beta = real(node, "activation_alpha", 1.0), real(node, "activation_beta", 0.0)
     limit = real(node, "swiglu_limit", math.inf)
@@ -259,20 +261,26 @@ def _activation(node: ir.Node, has_fc3: bool) -> str:
     return activation
 
 
-def _topk(node: ir.Node, experts: int) -> int:
-    """Experts a token, after the routing attributes were checked."""
-    topk = integer(node, "k", 1)
+def routed_experts(node: ir.Node, experts: int) -> int:
+    """Experts that a token goes to, shared ones too, after the routing attributes were checked."""
+    topk, shared = integer(node, "k", 1), integer(node, "num_shared_experts", 0)
     if experts > _MAX_EXPERTS:
         raise UnsupportedError(
             f"the node has {experts} experts; at most {_MAX_EXPERTS} are allowed"
         )
-    if not 1 <= topk <= experts:
+    if not 0 <= shared < experts:
         raise UnsupportedError(
-            f"k is {topk}; it must be from 1 to the number of experts, {experts}"
+            f"num_shared_experts is {shared}; it must be from 0 to {experts - 1}, as one of the "
+            f"{experts} experts at least must be routed"
+        )
+    if not 1 <= topk <= experts - shared:
+        raise UnsupportedError(
+            f"k is {topk}; it must be from 1 to the number of {'routed ' * bool(shared)}experts, "
+            f"{experts - shared}"
         )
     for flag in ("normalize_routing_weights", "use_sparse_mixer"):
         if integer(node, flag, 0) not in (0, 1):
             raise UnsupportedError(f"{flag} is {integer(node, flag, 0)}; it must be 0 or 1")
     if integer(node, "use_sparse_mixer", 0) and topk != 2:
         raise UnsupportedError(f"use_sparse_mixer=1 needs k=2, not k={topk}")
-    return topk
+    return topk + shared

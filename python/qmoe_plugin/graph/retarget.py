@@ -1,4 +1,4 @@
-"""Moves QMoE and MatMulNBits nodes to our domain, and back."""
+"""Moves the nodes of our ops to our domain, and back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import onnx
 import onnx_ir as ir
 
 from qmoe_plugin.devices import Target, target
-from qmoe_plugin.graph import matmul_nbits, qmoe
 from qmoe_plugin.graph.apply import apply
 from qmoe_plugin.graph.describe import STOCK_DOMAIN, Description, UnsupportedError, describe
 from qmoe_plugin.graph.formats import STOCK_QUANT_TYPES
 from qmoe_plugin.graph.inputs import given, string
 from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE, PACKED
+from qmoe_plugin.graph.stock import STOCK_ATTRIBUTES, STOCK_INPUTS
 from qmoe_plugin.graph.walk import bodies, label
 from qmoe_plugin.kernels import ask
 from qmoe_plugin.library import DOMAIN, OPS
@@ -31,12 +31,6 @@ RESTORE_KEY = "qmoe_plugin.restore"
 TYPICAL_TOKENS = (1, 512)
 """A node is only moved if there is a kernel for few tokens and one for many."""
 
-STOCK_ATTRIBUTES = {
-    "QMoE": frozenset(qmoe.STOCK_ATTRIBUTES),
-    "MatMulNBits": frozenset(matmul_nbits.STOCK_ATTRIBUTES),
-}
-STOCK_INPUTS = {"QMoE": qmoe.STOCK_INPUTS, "MatMulNBits": matmul_nbits.STOCK_INPUTS}
-
 Model = ir.Model | onnx.ModelProto
 Path = str | os.PathLike[str]
 
@@ -48,7 +42,7 @@ def retarget(model: Path, output: Path, *, sm: int | None = None) -> RetargetRep
 def retarget(
     model: Model | Path, output: Path | None = None, *, sm: int | None = None
 ) -> RetargetReport:
-    """Moves the QMoE and MatMulNBits nodes of a model from com.microsoft to our domain.
+    """Moves the nodes of our ops (`OPS`) of a model from com.microsoft to our domain.
 
     Weights are neither read nor changed. Nodes that no kernel of ours takes stay where they are;
     the reasons are in the report, and logged as warnings of the logger "qmoe_plugin". What moves
@@ -89,7 +83,7 @@ def unretarget(model: Model | Path, output: Path | None = None) -> RetargetRepor
 
 
 class ChangeDomain(ir.passes.InPlacePass):
-    """Moves nodes of our two ops from one domain to another, unless `check` finds a reason not to.
+    """Moves nodes of our ops from one domain to another, unless `check` finds a reason not to.
 
     `report` says what the last call did.
     """
@@ -149,7 +143,7 @@ class ChangeDomain(ir.passes.InPlacePass):
 class Retarget(ChangeDomain):
     """The pass behind `retarget`.
 
-    A QMoE or MatMulNBits node of com.microsoft is moved to our domain if
+    A node of com.microsoft that is called like one of our ops is moved to our domain if
 
     1. we know all its attributes, and their values are allowed;
     2. its weights, scales, zero points and biases are constant: initializers, or Constant nodes;
@@ -220,9 +214,9 @@ class Retarget(ChangeDomain):
 class Unretarget(ChangeDomain):
     """The pass behind `unretarget`.
 
-    A QMoE or MatMulNBits node of our domain is moved to com.microsoft if the op there has all its
-    attributes and inputs, and its quant_type, and if its weights were not packed by
-    `qmoe_plugin.prepack`. Attributes that `retarget` wrote get back their former value.
+    A node of our domain is moved to com.microsoft if the op there has all its attributes and
+    inputs, and its quant_type, and if its weights were not packed by `qmoe_plugin.prepack`.
+    Attributes that `retarget` wrote get back their former value.
     """
 
     source = DOMAIN

@@ -1,8 +1,8 @@
-"""What QMoE and MatMulNBits compute, in float64 numpy, from the tensors of the ONNX node.
+"""What our ops compute, in float64 numpy, from the tensors of the ONNX node.
 
 This is the oracle of the tests and the specification of the kernels: written to be read, not to be
 fast. Nothing is rounded between the inputs and the result, unless the op says so (wfp4afp8). The
-formulas are those of com.microsoft QMoE and MatMulNBits in onnxruntime 1.31.1; where its CPU and
+formulas are those of the com.microsoft ops in onnxruntime 1.31.1; where its CPU and
 CUDA kernels disagree, those of CUDA, except that `router_weights` and `use_sparse_mixer` are
 honoured, which CUDA's QMoE ignores. docs/semantics.md lists every such difference.
 
@@ -33,6 +33,8 @@ from qmoe_plugin.reference.weights import (
     Projection,
     dequantize_projection,
     expand_zero_points,
+    fp4_weights,
+    fp8_weights,
     matmul_nbits_weights,
 )
 
@@ -43,9 +45,14 @@ __all__ = [
     "activate",
     "dequantize_projection",
     "expand_zero_points",
+    "fp4_weights",
+    "fp8_weights",
+    "matmul_fp4_weight",
+    "matmul_fp8_weight",
     "matmul_nbits",
     "matmul_nbits_format",
     "matmul_nbits_weights",
+    "moe",
     "projection_format",
     "projection_weights",
     "qmoe",
@@ -69,6 +76,7 @@ QMOE_DEFAULTS: Mapping[str, Any] = {
     "swiglu_limit": math.inf,
     "normalize_routing_weights": 0,
     "use_sparse_mixer": 0,
+    "num_shared_experts": 0,
     "expert_weight_bits": None,  # 4 with quant_type "int", else what the format has
     "quant_type": "int",
     "block_size": 0,
@@ -91,6 +99,8 @@ def projection_weights(
     attributes: Mapping[str, Any], name: str, projection: Projection, k: int
 ) -> Float64:
     """The weights of a QMoE node's projection "fc1", "fc2" or "fc3", float64 [E, N, K]."""
+    if projection.is_plain:
+        return projection.codes.astype(np.float64)
     fmt = projection_format(attributes, name)
     block_size = fmt.only_block_size or attributes.get("block_size", QMOE_DEFAULTS["block_size"])
     return dequantize_projection(projection, fmt, k, block_size)
@@ -137,7 +147,8 @@ def qmoe(
 ) -> Float64:
     """The QMoE op.
 
-    y = sum_j factor_j * (activation(x W1_j^T + b1_j) W2_j^T + b2_j) over the k chosen experts j.
+    y = sum_j factor_j * (activation(x W1_j^T + b1_j) W2_j^T + b2_j) over the k chosen experts j and
+    the shared ones.
     With quant_type "wfp4afp8", x and the activation's result, rounded to the type of x, are
     quantised first (`quantize_activations`): the one rounding between the inputs and the result.
 
@@ -173,6 +184,7 @@ def qmoe(
         normalize=bool(attrs["normalize_routing_weights"]),
         router_weights=None if router_weights is None else router_weights.reshape(-1, experts),
         use_sparse_mixer=bool(attrs["use_sparse_mixer"]),
+        num_shared_experts=attrs["num_shared_experts"],
     )
     result = np.zeros((len(tokens), hidden))
     for expert in np.unique(expert_ids):
@@ -193,6 +205,45 @@ def qmoe(
             )
         result[rows] += factors[rows, slots, None] * linear("fc2", fc2, activated, expert)
     return result.reshape(x.shape)
+
+
+def moe(
+    x: Array,
+    router_probs: Array,
+    fc1: Array,
+    fc2: Array,
+    fc3: Array | None = None,
+    *,
+    fc1_bias: Array | None = None,
+    fc2_bias: Array | None = None,
+    fc3_bias: Array | None = None,
+    **attributes: float | str,
+) -> Float64:
+    """The MoE op: QMoE with weights of float types.
+
+    Args:
+        x: [T, H] or [B, S, H], any float type.
+        router_probs: [T, E] or [B, S, E] logits, any float type.
+        fc1: [E, F * I, H], any float type.
+        fc2: [E, H, I].
+        fc3: None or [E, I, H].
+        fc1_bias: None or [E, F * I].
+        fc2_bias: None or [E, H].
+        fc3_bias: None or [E, I].
+        **attributes: Of the node, by their ONNX names; defaults as in QMOE_DEFAULTS.
+
+    Returns:
+        float64, the shape of x.
+    """
+    attrs: dict[str, Any] = dict(attributes)
+    return qmoe(
+        x,
+        router_probs,
+        Projection(fc1, None, bias=fc1_bias),
+        Projection(fc2, None, bias=fc2_bias),
+        None if fc3 is None else Projection(fc3, None, bias=fc3_bias),
+        **attrs,
+    )
 
 
 def matmul_nbits(
@@ -236,5 +287,61 @@ def matmul_nbits(
         block_size=attrs["block_size"],
         fmt=matmul_nbits_format(attrs),
     )
+    product = a.astype(np.float64) @ weights.T
+    return np.asarray(product if bias is None else product + bias.astype(np.float64))
+
+
+def matmul_fp8_weight(
+    a: Array,
+    b: Array,
+    b_scale: Array,
+    a_scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    block_size: int = 128,
+) -> Float64:
+    """The MatMulBlockQuantizedFp8Weight op: Y[..., N] = A[..., K] W[N, K]^T + bias[N].
+
+    Args:
+        a: [..., K], any float type.
+        b: As `fp8_weights` takes it, and so the next.
+        b_scale: One a block.
+        a_scale: None, or a scalar s: A becomes e4m3(A / s) * s first (`quantize_fp8`).
+        bias: None or [N].
+        block_size: Codes that share a scale.
+
+    Returns:
+        float64 [..., N].
+    """
+    x = a.astype(np.float64) if a_scale is None else quantize_fp8(a, float(a_scale.reshape(())))
+    product = x @ fp8_weights(b, b_scale, block_size).T
+    return np.asarray(product if bias is None else product + bias.astype(np.float64))
+
+
+def matmul_fp4_weight(
+    a: Array,
+    b: Array,
+    weight_scale: Array,
+    weight_scale_2: Array,
+    input_scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    block_size: int = 16,
+) -> Float64:
+    """The MatMulBlockQuantizedFp4Weight op: Y[..., N] = A[..., K] W[N, K]^T + bias[N].
+
+    Args:
+        a: [..., K], any float type.
+        b: As `fp4_weights` takes it, and so the next two.
+        weight_scale: One a block.
+        weight_scale_2: A factor on all.
+        input_scale: Of no effect.
+        bias: None or [N].
+        block_size: Codes that share a scale.
+
+    Returns:
+        float64 [..., N].
+    """
+    weights = fp4_weights(b, weight_scale, weight_scale_2, block_size)
     product = a.astype(np.float64) @ weights.T
     return np.asarray(product if bias is None else product + bias.astype(np.float64))

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qmoe_plugin.reference.activations import sigmoid
+
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 
@@ -26,8 +28,12 @@ def route(
     normalize: bool,
     router_weights: Array | None = None,
     use_sparse_mixer: bool = False,
+    num_shared_experts: int = 0,
 ) -> tuple[npt.NDArray[np.int64], Float64]:
-    """Chooses k experts a token and the factor of each.
+    """Chooses k experts a token and the factor of each; shared experts come in addition.
+
+    The last S = num_shared_experts experts are shared: all tokens go to them, with the sigmoid of
+    their logit as factor. What follows is of the others, as if the shared ones were not there.
 
     The k largest logits win; of equal ones, the lower expert index. The factor is the expert's
     softmax probability over all E experts or, when `router_weights` is given, its router weight.
@@ -41,10 +47,24 @@ def route(
         router_weights: None or [T, E].
         use_sparse_mixer: The factors are those of `route_sparse_mixer`, never normalised, unless
             there are router_weights. k must be 2.
+        num_shared_experts: S.
 
     Returns:
-        expert_ids int64 [T, k] in order of falling logits, factors float64 [T, k].
+        expert_ids int64 [T, k + S] in order of falling logits, then shared ones, factors float64
+        [T, k + S].
     """
+    if num_shared_experts:
+        routed = router_probs.shape[-1] - num_shared_experts
+        expert_ids, factors = route(
+            router_probs[:, :routed],
+            k,
+            normalize=normalize,
+            router_weights=None if router_weights is None else router_weights[:, :routed],
+            use_sparse_mixer=use_sparse_mixer,
+        )
+        gates = router_probs[:, routed:].astype(np.float64)
+        shared = np.broadcast_to(np.arange(num_shared_experts) + routed, gates.shape)
+        return np.hstack([expert_ids, shared]), np.hstack([factors, sigmoid(gates)])
     logits = router_probs.astype(np.float64)
     if use_sparse_mixer and router_weights is None:
         return route_sparse_mixer(logits)

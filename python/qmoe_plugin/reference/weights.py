@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmoe_plugin import formats
-from qmoe_plugin.formats.scales import decode_scales
+from qmoe_plugin.formats.scales import E2M1_VALUES, E4M3_VALUES, decode_scales
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -18,10 +18,11 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Projection:
-    """The inputs of one projection of a QMoE node, as stored, in the raw layout.
+    """The inputs of one projection of a QMoE or MoE node, as stored, in the raw layout.
 
     Attributes:
-        codes: uint8 (or float8_e4m3fn) [E, N, K * bits / 8], packed, lowest bits first.
+        codes: uint8 (or float8_e4m3fn) [E, N, K * bits / 8], packed, lowest bits first; of a MoE
+            the weights themselves, [E, N, K] in float32, float16 or bfloat16.
         scales: [E, N, G]; per channel [E, N] or [E, N, 1]; of square blocks [E, ceil(N / b),
             ceil(K / b)]. Of type e8m0 also as uint8. None if the global scale is all there is.
         zero_points: None, or as `expand_zero_points` takes them.
@@ -36,6 +37,11 @@ class Projection:
     bias: Array | None = None
     global_scale: Array | None = None
     codebook: Array | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the codes are the weights themselves: types of more than a byte."""
+        return self.codes.dtype.itemsize > 1
 
     def expert(self, index: int) -> Projection:
         """The same with one expert only."""
@@ -165,3 +171,30 @@ def matmul_nbits_weights(
     values = fmt.values if codebook is None else fmt.with_codebook(codebook).values
     factor = 1.0 if global_scale is None else float(global_scale[0])
     return np.asarray((values[codes] - zero[:, block_of]) * scale[:, block_of] * factor)
+
+
+def fp8_weights(b: Array, b_scale: Array, block_size: int) -> Float64:
+    """The weights of a MatMulBlockQuantizedFp8Weight node, float64 [N, K].
+
+    Args:
+        b: float8_e4m3fn, or uint8 with the same bytes, [N, K].
+        b_scale: Float, [N, ceil(K / block_size)].
+        block_size: Codes along K that share a scale.
+    """
+    per_code = np.repeat(b_scale.astype(np.float64), block_size, axis=-1)[:, : b.shape[1]]
+    return np.asarray(E4M3_VALUES[b.view(np.uint8)] * per_code)
+
+
+def fp4_weights(b: Array, weight_scale: Array, weight_scale_2: Array, block_size: int) -> Float64:
+    """The weights of a MatMulBlockQuantizedFp4Weight node, float64 [N, K].
+
+    Args:
+        b: uint8 [N, K / 2], e2m1 codes, the lower bits first.
+        weight_scale: float8_e4m3fn, or uint8 with the same bytes, [N, ceil(K / block_size)].
+        weight_scale_2: A scalar, a factor on all.
+        block_size: Codes along K that share a scale.
+    """
+    k = 2 * b.shape[1]
+    scales = E4M3_VALUES[weight_scale.view(np.uint8)] * float(weight_scale_2.reshape(()))
+    per_code = np.repeat(scales, block_size, axis=-1)[:, :k]
+    return np.asarray(E2M1_VALUES[formats.unpack(b, 4, k)] * per_code)

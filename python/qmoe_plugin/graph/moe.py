@@ -1,0 +1,123 @@
+"""Describes a MoE node: QMoE with float weights, which are a format like any other."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qmoe_plugin.graph.describe import Description, UnsupportedError
+from qmoe_plugin.graph.inputs import (
+    FLOATS,
+    Constant,
+    activation_dtype,
+    constant,
+    float_name,
+    given,
+    known_attributes,
+    known_inputs,
+    required,
+)
+from qmoe_plugin.graph.qmoe import GATED, fc1_activation, routed_experts
+from qmoe_plugin.kernels import Problem
+
+STOCK_ATTRIBUTES = (
+    "activation_alpha",
+    "activation_beta",
+    "activation_type",
+    "k",
+    "normalize_routing_weights",
+    "num_shared_experts",
+    "swiglu_fusion",
+    "swiglu_limit",
+    "use_sparse_mixer",
+)
+"""The attributes of com.microsoft MoE in onnxruntime 1.31.1, and num_shared_experts of its
+development branches."""
+
+STOCK_INPUTS = (
+    "input",
+    "router_probs",
+    "fc1_experts_weights",
+    "fc1_experts_bias",
+    "fc2_experts_weights",
+    "fc2_experts_bias",
+    "fc3_experts_weights",
+    "fc3_experts_bias",
+)
+"""Its inputs there."""
+
+_FC1, _FC2, _FC3 = 2, 4, 6  # input numbers of weights; the bias comes next
+
+
+def describe_moe(node: ir.Node) -> Description:
+    """Describes a MoE node.
+
+    Raises:
+        UnsupportedError: If our op cannot run it.
+    """
+    known_attributes(node, STOCK_ATTRIBUTES)
+    known_inputs(node, len(STOCK_INPUTS))
+    has_fc3 = given(node, _FC3)
+    if not has_fc3 and given(node, _FC3 + 1):
+        raise UnsupportedError("fc3 has a bias, but no weights")
+    activation = fc1_activation(node, has_fc3)
+    fc1 = _weights(node, _FC1, "fc1")
+    experts, fc1_rows, hidden_size = fc1.shape
+    gated_in_one = activation in GATED and not has_fc3
+    if gated_in_one and fc1_rows % 2:
+        raise UnsupportedError(f"{fc1} has {fc1_rows} rows; gates and ups must be even in number")
+    inter_size = fc1_rows // 2 if gated_in_one else fc1_rows
+    fc2 = _weights(node, _FC2, "fc2", (experts, hidden_size, inter_size))
+    if has_fc3 and _weights(node, _FC3, "fc3", fc1.shape).dtype is not fc1.dtype:
+        raise UnsupportedError("fc1 and fc3, gates and ups, must have the same type")
+    biases = [_bias(node, _FC1 + 1, fc1), _bias(node, _FC2 + 1, fc2)]
+    if has_fc3:
+        biases.append(_bias(node, _FC3 + 1, fc1))
+
+    topk = routed_experts(node, experts)
+    dtype = activation_dtype(node, *biases, fc1)
+    rows = 2 * fc1_rows if has_fc3 else fc1_rows
+    return Description(
+        (
+            Problem(
+                stage="fc1",
+                format=float_name(fc1.dtype),
+                n=rows,
+                k=hidden_size,
+                activation=activation,
+                rows=topk,
+                dtype=dtype,
+                experts=experts,
+            ),
+            Problem(
+                stage="fc2",
+                format=float_name(fc2.dtype),
+                n=hidden_size,
+                k=inter_size,
+                rows=topk,
+                dtype=dtype,
+                experts=experts,
+            ),
+        )
+    )
+
+
+def _weights(
+    node: ir.Node, index: int, name: str, shape: tuple[int, ...] | None = None
+) -> Constant:
+    """Weights of a float type, [E, N, K]."""
+    weights = required(node, index, f"{name} weights")
+    if weights.dtype not in FLOATS:
+        raise UnsupportedError(f"{weights} must be float32, float16 or bfloat16")
+    if len(weights.shape) != 3 or 0 in weights.shape:
+        raise UnsupportedError(f"{weights} must have three dimensions, none of them 0")
+    if shape is not None and weights.shape != shape:
+        raise UnsupportedError(f"{weights} must have shape {list(shape)}")
+    return weights
+
+
+def _bias(node: ir.Node, index: int, weights: Constant) -> Constant | None:
+    """A bias of any float type, [E, N]; None if it was left out."""
+    bias = constant(node, index, "bias")
+    if bias is not None and (bias.dtype not in FLOATS or bias.shape != weights.shape[:2]):
+        raise UnsupportedError(f"{bias} must be a float tensor of shape {list(weights.shape[:2])}")
+    return bias
