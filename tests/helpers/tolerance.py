@@ -13,9 +13,9 @@ and through fc1, activation and fc2 alike, with the activation's slope in betwee
 TOLERANCE[dtype] of it for every single element; the values are what the roundings above add up to
 at about five sigma, over some 10^7 elements:
 
-    float32   5e-6   nothing but float32 accumulation of up to some thousand terms; u = 6e-8
-    float16   1e-3   u = 4.9e-4: weights, hidden activations and result each rounded once
-    bfloat16  8e-3   u = 3.9e-3, likewise
+    float32   5e-6     nothing but float32 accumulation of up to some thousand terms; u = 6e-8
+    float16   1.25e-3  u = 4.9e-4: weights, hidden activations and result each rounded once, scales too
+    bfloat16  1e-2     u = 3.9e-3, likewise
 
 The CPU kernels, which round the result only, stay below 0.4 of this. onnxruntime's own tests allow
 0.1 on results of about unit size in all three types: at least four times as much. accuracy_level 4
@@ -37,7 +37,7 @@ import numpy as np
 from helpers.cases import Case, Tensors, projections
 from qmoe_plugin import reference
 
-TOLERANCE = {"float32": 5e-6, "float16": 1e-3, "bfloat16": 8e-3}
+TOLERANCE = {"float32": 5e-6, "float16": 1.25e-3, "bfloat16": 1e-2}
 # Near zero a type's steps no longer shrink: some of its smallest numbers are always allowed.
 FLOOR = {"float32": 2.0**-126, "float16": 4 * 2.0**-24, "bfloat16": 2.0**-126}
 # accuracy_level 3 allows bfloat16 arithmetic, 4 int8 activations.
