@@ -14,7 +14,7 @@ TOLERANCE[dtype] of it for every single element; the values are what the roundin
 at about five sigma, over some 10^7 elements:
 
     float32   5e-6     nothing but float32 accumulation of up to some thousand terms; u = 6e-8
-    float16   1.25e-3  u = 4.9e-4: weights, hidden activations and result each rounded once, scales too
+    float16   1.25e-3  u = 4.9e-4: weights, scales, hidden activations and result each rounded once
     bfloat16  1e-2     u = 3.9e-3, likewise
 
 The CPU kernels, which round the result only, stay below 0.4 of this. onnxruntime's own tests allow
