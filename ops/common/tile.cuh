@@ -122,6 +122,12 @@ struct LaneCodes {
   }
 };
 
+/// Adds sums of rows g (0, 1) and g + 8 (2, 3), each times its part of `scale`.
+__device__ inline void AddScaled(const float (&part)[4], float2 scale, float (&sums)[4]) {
+  sums[0] += part[0] * scale.x, sums[1] += part[1] * scale.x;
+  sums[2] += part[2] * scale.y, sums[3] += part[3] * scale.y;
+}
+
 /// One activated value out of v, or out of gate v and up u.
 __device__ inline float Activate(const ActivationParams& p, float v, float u) {
   switch (p.type) {

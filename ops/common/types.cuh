@@ -37,6 +37,10 @@ __device__ uint32_t PackPair(float x, float y) {
   }
 }
 
+/// A pair of 16-bit activations.
+template <class T>
+using T2Of = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
 /// Type of block scales and zero offsets beside activations of type T.
 template <class T>
 using ScaleOf = std::conditional_t<std::is_same_v<T, float>, float, __half>;

@@ -17,37 +17,19 @@
 #pragma once
 
 #include "ops/common/cuda_host.h"
+#include "ops/common/fast_divisor.cuh"
 #include "ops/common/tile.cuh"
 #include "ops/gemm/fused_route.cuh"
 #include "ops/gemm/gemm.cuh"
+#include "ops/gemm/weight_stream.cuh"
 
 namespace qmoe_plugin::gemv_sm80 {
+
+using Blocks = ScaleBlocks;
 
 inline constexpr int kWarps = 16, kThreads = kWarps * 32;
 inline constexpr int kMaxSlots = 4;  // that a block works on at once
 static_assert(kWarps >= kFusedTokens);
-
-/// How block scales lie along k: one every 16, every 32, or every 64 or more (and per channel).
-enum class Blocks { k16, k32, kWide };
-
-/// Division of numbers below 2^31 by one that the host knows; the GPU has no instruction for it, and blocks begin with many.
-class FastDivisor {
- public:
-  FastDivisor() = default;
-  explicit FastDivisor(uint32_t divisor)
-      : divisor_(divisor),
-        shift_(divisor > 1 ? std::bit_width(divisor - 1) - 1 : 0),
-        multiplier_(uint32_t(((uint64_t(1) << (32 + shift_)) + divisor - 1) / divisor)) {}
-
-  __device__ int Divide(int n) const {
-    return divisor_ == 1 ? n : int(__umulhi(uint32_t(n), multiplier_) >> shift_);
-  }
-
- private:
-  uint32_t divisor_;
-  int shift_;
-  uint32_t multiplier_;  // 2^(32 + shift) / divisor, rounded up; unused for 1
-};
 
 /// How a launch is cut.
 struct Plan {
@@ -60,133 +42,12 @@ struct Plan {
 template <int kN>
 inline constexpr int kPartBytes = kWarps * 2 * 32 * 4 * kN * int(sizeof(float));
 
-/// Some k tiles of one unit in shared memory: codes, 1 KB for most formats, then scales and zero offsets, [tile, block, 16].
-template <class F, Blocks kBlocks, bool kOffsets, int kN>
-struct Stage {
-  static constexpr int kTiles = F::kBits < 8 ? 2 : 1;
-  static constexpr int kCodeBytes = kTiles * TileBytes(F::kBits);
-  static constexpr int kPairs = kBlocks == Blocks::k16 ? 4 : kBlocks == Blocks::k32 ? 2 : 1;
-  static constexpr int kTileScaleBytes = kPairs * kTileRows * 2;
-  static constexpr int kScaleBytes = kTiles * kTileScaleBytes;
-  static constexpr int kScales = kCodeBytes, kOffsetsAt = kScales + kScaleBytes;
-  static constexpr int kBytes = kOffsetsAt + (kOffsets ? kScaleBytes : 0);
-  /// Stages of a warp; one of them is being read.
-  static constexpr int kDepth = F::kBits == 2 ? 8 : 4;
-  static constexpr int kRing = kDepth * kBytes;
-};
-
-/// Brings a warp's k tiles, one stage after the other, into its ring.
-template <class F, Blocks kBlocks, bool kOffsets, int kN>
-class Loader {
-  using Stage = gemv_sm80::Stage<F, kBlocks, kOffsets, kN>;
-  static constexpr int kTileChunks = Stage::kTileScaleBytes / 16;  // of scales; a lane each
-  static constexpr int kScaleChunks = Stage::kScaleBytes / 16;
-  static_assert(kScaleChunks * (kOffsets ? 2 : 1) <= 32);
-  static constexpr int kStride = TileBytes(F::kBits);
-
- public:
-  /// `left` k tiles from tile `k_tile` of row tile `row_tile` of the first slot of `slots` on.
-  __device__ Loader(const CudaGemmArgs& args, uint32_t ring, const RowTile* slots, int row_tile,
-                    int k_tile, int left, int k_tiles, int lane)
-      : to_(ring + lane * 16),
-        end_(to_ + Stage::kRing),
-        lane_(lane),
-        k_tiles_(k_tiles),
-        slot_(slots),
-        row_tile_(row_tile),
-        left_(left) {
-    // Lanes beyond the chunks of scales copy zero offsets.
-    scales_ =
-        static_cast<const __half*>(lane < kScaleChunks ? args.block_scales : args.zero_offsets);
-    copies_scales_ = scales_ != nullptr && lane < kScaleChunks * (kOffsets ? 2 : 1);
-    if (left > 0) Begin(args, k_tile);
-  }
-
-  /// Copies the next stage, if there is one, and commits.
-  __device__ void Load(const CudaGemmArgs& args) {
-    if (whole_ > 0) {
-      --whole_;
-#pragma unroll
-      for (int at = 0; at < Stage::kCodeBytes; at += 512) CopyAsync<16>(to_ + at, codes_ + at);
-      if (copies_scales_) CopyAsync<16>(to_ + Stage::kScales, ScalesOf(args));
-      Advance(Stage::kTiles);
-    } else {
-      LoadRest(args);
-    }
-    CopyAsyncCommit();  // an empty group at the end, so that groups and stages stay in step
-  }
-
- private:
-  /// From k tile `k_tile` of the present row tile on.
-  __device__ void Begin(const CudaGemmArgs& args, int k_tile) {
-    const int count = min(k_tiles_ - k_tile, left_);
-    whole_ = count / Stage::kTiles;
-    rest_ = count % Stage::kTiles;
-    left_ -= count;
-    codes_ = TileCodes(args, slot_->expert, row_tile_) + lane_ * 16 + int64_t(k_tile) * kStride;
-    tile_ = k_tile + lane_ % kScaleChunks / kTileChunks;
-    row_scales_ = scales_ + TileScales(args, slot_->expert, row_tile_) + lane_ % kTileChunks * 8;
-    if constexpr (kBlocks != Blocks::kWide) row_scales_ += tile_ * (Stage::kPairs * kTileRows);
-  }
-
-  /// The rest of a row tile that does not fill a stage; or the next row tile's first stage.
-  __device__ void LoadRest(const CudaGemmArgs& args) {
-    if (rest_ == 0) {
-      if (left_ == 0) return;
-      if (++row_tile_ == args.row_tiles) row_tile_ = 0, ++slot_;
-      Begin(args, 0);
-    }
-    const int count = whole_ > 0 ? Stage::kTiles : rest_;
-    whole_ > 0 ? --whole_ : rest_ = 0;
-#pragma unroll
-    for (int at = 0; at < Stage::kCodeBytes; at += 512)
-      if (at + lane_ * 16 < count * kStride) CopyAsync<16>(to_ + at, codes_ + at);
-    if (copies_scales_ && lane_ % kScaleChunks / kTileChunks < count)
-      CopyAsync<16>(to_ + Stage::kScales, ScalesOf(args));
-    Advance(count);
-  }
-
-  __device__ const __half* ScalesOf(const CudaGemmArgs& args) const {
-    if constexpr (kBlocks != Blocks::kWide) return row_scales_;
-    return row_scales_ + ((tile_ * kTileK) >> args.block_shift) * kTileRows;
-  }
-
-  __device__ void Advance(int count) {
-    codes_ += count * kStride;
-    if constexpr (kBlocks == Blocks::kWide)
-      tile_ += count;
-    else
-      row_scales_ += count * (Stage::kPairs * kTileRows);
-    to_ += Stage::kBytes;
-    if (to_ == end_) to_ -= Stage::kRing;
-  }
-
-  uint32_t to_, end_;  // where this lane's chunk of the next stage goes; the ring's end
-  int lane_, k_tiles_;
-  const RowTile* slot_;
-  int row_tile_;
-  int whole_ = 0, rest_ = 0, left_;  // whole stages, then tiles, of this row tile; then tiles
-  int tile_;                         // k tile whose scales this lane copies next
-  bool copies_scales_;
-  const uint8_t* codes_;
-  const __half *scales_, *row_scales_;
-};
-
-template <class T>
-using T2Of = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-
-/// Adds sums of rows g (0, 1) and g + 8 (2, 3), each times its half of `scale`.
-__device__ inline void AddScaled(const float (&part)[4], float2 scale, float (&sums)[4]) {
-  sums[0] += part[0] * scale.x, sums[1] += part[1] * scale.x;
-  sums[2] += part[2] * scale.y, sums[3] += part[3] * scale.y;
-}
-
 /// Adds k tile `tile` of a stage to the lane's sums, of the first kActive n8 tiles. x[n] is where this lane's ldmatrix row of
 /// n8 tile n lies at the stage's first k.
 template <class F, class T, Blocks kBlocks, bool kOffsets, int kActive, int kN>
 __device__ void Accumulate(const CudaGemmArgs& args, uint32_t stage, int tile, int lane,
                            const uint32_t (&x)[kN], float (&sums)[kN][4]) {
-  using Stage = gemv_sm80::Stage<F, kBlocks, kOffsets, kN>;
+  using Stage = WeightStage<F, kBlocks, kOffsets>;
   constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
   constexpr uint32_t kOnesA[4] = {kOnes, kOnes, kOnes, kOnes};
   constexpr int kSteps = kFragmentsPerTile / Stage::kPairs;  // k16 steps that share a scale
@@ -297,7 +158,7 @@ template <class F, class T, Blocks kBlocks, bool kOffsets, int kN>
 __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     gemv_sm80(const __grid_constant__ CudaGemmArgs args, const __grid_constant__ Plan plan,
               const __grid_constant__ FusedRoute fused) {
-  using Stage = gemv_sm80::Stage<F, kBlocks, kOffsets, kN>;
+  using Stage = WeightStage<F, kBlocks, kOffsets>;
   __shared__ RouteTable route;
   __shared__ RowTile tiles[kMaxSlots];  // of the slots at hand
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -341,10 +202,10 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     const int first = warp * total / kWarps, last = (warp + 1) * total / kWarps;
     const int first_unit = plan.k_tiles.Divide(first);  // of the block's
     const int load_slot = plan.row_tiles.Divide(begin + first_unit);
-    Loader<F, kBlocks, kOffsets, kN> loader(
+    WeightStream<F, kBlocks, kOffsets> stream(
         args, ring, tiles + load_slot - first_slot, begin + first_unit - load_slot * args.row_tiles,
         first - first_unit * k_tiles, last - first, k_tiles, lane);
-    for (int i = 0; i < Stage::kDepth - 1; ++i) loader.Load(args);
+    for (int i = 0; i < Stage::kDepth - 1; ++i) stream.Load(args);
     for (int unit = begin + threadIdx.x; unit < end; unit += kThreads) {
       const int slot = plan.row_tiles.Divide(unit);
       const int64_t at = (int64_t(tiles[slot - first_slot].expert) * args.row_tiles + unit -
@@ -381,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
         while (position < unit_last) {
           CopyAsyncWait<Stage::kDepth - 2>();
           __syncwarp();  // the stage has arrived for all lanes, and all have read the one before
-          loader.Load(args);
+          stream.Load(args);
           const auto accumulate = [&](int tile) {
             Accumulate<F, T, kBlocks, kOffsets, kActive>(args, ring + stage, tile, lane, x, sums);
           };
@@ -492,7 +353,7 @@ struct Gemm {
   /// Parts, and the largest ring of any scales.
   template <int kN>
   static constexpr int kFixedBytes =
-      kPartBytes<kN> + kWarps * Stage<F, Blocks::k16, F::kZeroPoints, kN>::kRing;
+      kPartBytes<kN> + kWarps * WeightStage<F, Blocks::k16, F::kZeroPoints>::kRing;
 
   /// fn(kernel, its shared memory but for x) for the combination.
   template <class Fn>
@@ -500,7 +361,7 @@ struct Gemm {
     const auto with_rows = [&]<class T, Blocks kBlocks, bool kOffsets>() {
       const auto with_n = [&]<int kN>() {
         fn(&gemv_sm80<F, T, kBlocks, kOffsets, kN>,
-           kPartBytes<kN> + kWarps * Stage<F, kBlocks, kOffsets, kN>::kRing);
+           kPartBytes<kN> + kWarps * WeightStage<F, kBlocks, kOffsets>::kRing);
       };
       tile_rows > 8 ? with_n.template operator()<2>() : with_n.template operator()<1>();
     };

@@ -140,12 +140,6 @@ struct WeightLoader {
   }
 };
 
-/// Adds sums of rows g (0, 1) and g + 8 (2, 3), each times its part of `scale`.
-__device__ inline void AddScaled(const float (&part)[4], float2 scale, float (&sums)[4]) {
-  sums[0] += part[0] * scale.x, sums[1] += part[1] * scale.x;
-  sums[2] += part[2] * scale.y, sums[3] += part[3] * scale.y;
-}
-
 /// Operand A of one k16 step of one row tile: centered values, plus their zero offsets, times `scale` if kFold. Unscaled
 /// integers and small floats are exact in 16 bits, also with integer zero points.
 template <class F, class T, bool kOffsets, bool kFold>
@@ -153,7 +147,7 @@ __device__ void DecodeOperand(const LaneCodes<F>& codes, const Codebook<F>& code
                               float2 offset, float2 scale, uint32_t (&a)[4]) {
   constexpr bool kDirect = !kOffsets && !F::kCodebook;
   if constexpr (kDirect && !kFold) {
-    std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162> w[4];
+    T2Of<T> w[4];
     codes.Dequant(codebook, j, w);
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = reinterpret_cast<const uint32_t&>(w[i]);
