@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+#include "ops/common/float_codes.h"
 #include "ops/error.h"
 #include "ops/registry.h"
 
@@ -51,9 +52,13 @@ Codes CodesOf(const Format& format) {
   if (format.plain_type == DType::kBFloat16) return Codes::kBFloat16;
   if (format.plain_type == DType::kFloat32) return Codes::kFloat32;
   const int codes = 1 << format.bits;
-  for (int code = 0; code < codes; ++code)
-    if (format.centered[code] != float(code - codes / 2)) return Codes::kTable;
-  return Codes::kSigned;
+  bool is_signed = true, is_e4m3 = format.bits == 8;
+  for (int code = 0; code < codes; ++code) {
+    const float value = format.centered[code];
+    is_signed &= value == float(code - codes / 2);
+    is_e4m3 &= (code & 0x7f) == 0x7f || value == DecodeE4M3(uint32_t(code));
+  }
+  return is_signed ? Codes::kSigned : is_e4m3 ? Codes::kE4M3 : Codes::kTable;
 }
 
 /// The values of the codes, repeated for those under 8 bits; zeros for plain formats.

@@ -54,6 +54,7 @@ struct GemmArgs {
 enum class Codes {
   kTable,   // by GemmArgs::table
   kSigned,  // code - 2^(bits - 1), so that arithmetic can do it
+  kE4M3,    // 8-bit floats, which are float16 but for the exponent; NaN is refused when packing
   kFloat16,
   kBFloat16,
   kFloat32

@@ -122,6 +122,21 @@ struct SignedDecoder {
   }
 };
 
+/// e4m3: with the exponent moved to its place, a float16 of 2^-8 times the value; subnormals too.
+struct E4M3Decoder {
+  static constexpr int kBits = 8;
+  explicit E4M3Decoder(const float*) {}
+  QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
+  template <int kShift>
+  QMOE_SIMD Vec::F Decode(Vec::I codes) const {
+    const Vec::I code = _mm512_and_si512(_mm512_srli_epi32(codes, kShift), _mm512_set1_epi32(255));
+    const Vec::I sign = _mm512_and_si512(code, _mm512_set1_epi32(128));
+    // Shifted by 7 the sign is one bit too low; added to itself it moves up.
+    const Vec::I half = _mm512_slli_epi32(_mm512_add_epi32(code, sign), 7);
+    return _mm512_mul_ps(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half)), _mm512_set1_ps(256.0f));
+  }
+};
+
 /// Plain codes of 16 or 32 bits.
 struct HalfDecoder {
   static constexpr int kBits = 16;
@@ -169,6 +184,7 @@ GemmFunction SelectGemm(int bits, Codes codes) {
   if (codes == Codes::kFloat32) return Gemm<FloatDecoder>;
   if (bits == 2) return Gemm<TableDecoder<2>>;
   if (bits == 4) return Gemm<TableDecoder<4>>;
+  if (codes == Codes::kE4M3) return Gemm<E4M3Decoder>;
   return codes == Codes::kSigned ? Gemm<SignedDecoder> : Gemm<TableDecoder<8>>;
 }
 
