@@ -120,8 +120,17 @@ class DataFile:
         parts: Iterable[npt.NDArray[np.uint8]],
     ) -> ir.ExternalTensor:
         """Appends a tensor whose bytes come in parts; nothing else may be appended meanwhile."""
-        made = self._tensor(name, self._align(_PAGE), dtype, ir.Shape(shape))
-        written = sum(self._file.write(part.data) for part in parts)
+        start = self._file.tell()
+        size = -(-math.prod(shape) * dtype.bitwidth // 8)
+        made = self._tensor(
+            name, self._align(_PAGE if size >= _PAGE else 64), dtype, ir.Shape(shape)
+        )
+        try:
+            written = sum(self._file.write(part.data) for part in parts)
+        except BaseException:  # whoever makes the parts may give up on this tensor only
+            self._file.seek(start)
+            self._file.truncate()
+            raise
         if written != made.nbytes:
             raise AssertionError(f"'{name}' has {made.nbytes} bytes, but {written} came")
         return made

@@ -23,14 +23,18 @@ _PRODUCTS = ("MatMul", "Gemm")
 # Inputs of MoE and QMoE with logits or weights of experts.
 _ROUTING_INPUTS = {"MoE": (1,), "QMoE": (1, 14)}
 
-_FROM_LOGITS = frozenset(
-    "Abs Add Cast Clip Concat Div Exp Expand Flatten Gather GatherElements Identity Log LogSoftmax "
-    "Max Min Mul Neg Pow ReduceMax ReduceSum Reshape ScatterElements Sigmoid Slice Softmax "
-    "Softplus Split Sqrt Squeeze Sub Tanh TopK Transpose Unsqueeze Where".split()
-)
+# fmt: off
+_FROM_LOGITS = frozenset((
+    "Abs", "Add", "Cast", "Clip", "Concat", "Div", "Exp", "Expand", "Flatten", "Gather",
+    "GatherElements", "Identity", "Log", "LogSoftmax", "Max", "Min", "Mul", "Neg", "Pow",
+    "ReduceMax", "ReduceSum", "Reshape", "ScatterElements", "Sigmoid", "Slice", "Softmax",
+    "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze",
+    "Where",
+))
+# fmt: on
 """What lies between logits and the choice of experts, biases and groups of experts included."""
 
-_FROM_GATE = frozenset("Add Cast Identity Reshape Squeeze Unsqueeze".split())
+_FROM_GATE = frozenset(["Add", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"])
 
 
 def routing_products(body: Body) -> dict[ir.Node, str]:
