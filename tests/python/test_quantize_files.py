@@ -12,8 +12,9 @@ import onnx
 import pytest
 from helpers.cases import feeds_of, qmoe_oracle
 from helpers.memory_child import Peak, host_memory
-from helpers.models import INPUT_NAMES, save_external
+from helpers.models import save_external
 from helpers.moe_cases import MoECase
+from helpers.quantized import attributes_of, initializers, inputs_of
 from helpers.run import open_session, run
 from helpers.tolerance import TOLERANCE, qmoe_error_scale
 from onnx import TensorProto, helper, numpy_helper
@@ -35,13 +36,6 @@ def names_in(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-def constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    (node,) = model.graph.node
-    found = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    names = zip(INPUT_NAMES[node.op_type], node.input, strict=False)
-    return {place: found[name] for place, name in names if name in found}
-
-
 @pytest.mark.parametrize("spec", ["int4", "int8:32:asymmetric", "mxfp4", "nvfp4", "fp8_e4m3"])
 def test_a_file(path, tmp_path, spec):
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
@@ -57,11 +51,13 @@ def test_a_file(path, tmp_path, spec):
     model = onnx.load(output)
     in_memory = CASE.model(CASE.tensors(), "com.microsoft")
     qmoe_plugin.quantize(in_memory, format=spec)
-    made, expected = constants(model), constants(in_memory)
+    made, expected = (
+        inputs_of(model, model.graph.node[0]),
+        inputs_of(in_memory, in_memory.graph.node[0]),
+    )
     for name in expected:
         np.testing.assert_array_equal(made[name], expected[name])
-    attributes = {a.name: helper.get_attribute_value(a) for a in model.graph.node[0].attribute}
-    attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in attributes.items()}
+    attributes = attributes_of(model.graph.node[0])
     tensors = feeds_of(CASE.tensors()) | made
     session = qmoe_plugin.session(output, providers=["CPUExecutionProvider"])
     for result in (run(session, feeds_of(tensors)), run(open_session(output), feeds_of(tensors))):
@@ -158,7 +154,7 @@ def test_a_weight_that_cannot_be_quantised_leaves_no_bytes(tmp_path):
     path = save_external(model, tmp_path)
     report = qmoe_plugin.quantize(path, tmp_path / "out.onnx")
     assert "'fc1_experts_weights' holds NaN or infinity" in report.kept[0].reason
-    size = sum(t.nbytes for name, t in constants(onnx.load(tmp_path / "out.onnx")).items())
+    size = sum(array.nbytes for array in initializers(onnx.load(tmp_path / "out.onnx")).values())
     assert (tmp_path / "out.onnx.data").stat().st_size <= size + 8 * 4096
 
 
