@@ -12,6 +12,7 @@ from helpers.moe_cases import MoECase
 from helpers.quantized import ERRORS, attributes_of, inputs_of, node_of, rms
 from helpers.run import open_session, run
 from helpers.tolerance import TOLERANCE, qmoe_error_scale
+from onnx import helper
 
 import qmoe_plugin
 from qmoe_plugin import reference
@@ -173,3 +174,21 @@ def test_the_result_can_go_to_com_microsoft():
         model = case.model(case.tensors())
         qmoe_plugin.quantize(model, format=spec)
         assert len(qmoe_plugin.unretarget(model).moved) == 1
+
+
+def test_the_type_of_activations_is_not_forgotten():
+    """Inside a model that does not say types, scales of mxfp4 do not tell it either."""
+    case = MoECase(dtype="float16", weights="float32")
+    tensors = case.tensors()
+    model = case.model(tensors)
+    node = model.graph.node[0]
+    before = helper.make_node("Identity", ["input"], ["inside"])
+    after = helper.make_node("Identity", ["inside_output"], ["output"])
+    node.input[0], node.output[0] = "inside", "inside_output"
+    model.graph.node.insert(0, before)
+    model.graph.node.append(after)
+    qmoe_plugin.quantize(model, format="mxfp4")
+    result = run(open_session(model), feeds_of(tensors))
+    assert result.dtype == np.float16
+    plain = case.expected(tensors)
+    assert rms(result - plain) < 2.5 * ERRORS["mxfp4"] * rms(plain)

@@ -12,7 +12,7 @@ from qmoe_plugin.devices import CPU, Target, target
 from qmoe_plugin.graph.describe import Description, UnsupportedError, describe
 from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused
 from qmoe_plugin.graph.external_data import Store, raw_bytes
-from qmoe_plugin.graph.inputs import constant_tensor, given, string
+from qmoe_plugin.graph.inputs import constant_tensor, float_type, given, string
 from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE, PACKED, PackedWeights, is_packed, read_header
 from qmoe_plugin.graph.retarget import RESTORE_KEY, Retarget
 from qmoe_plugin.graph.rewrite import Model, PathLike, rewrite
@@ -190,9 +190,7 @@ def _mark(node: ir.Node, dtype: str) -> None:
             node.attributes.pop("swiglu_limit", None)
     # Scales and biases, which may have told it, are gone.
     if node.outputs[0].type is None:
-        node.outputs[0].type = ir.TensorType(
-            {"float32": ir.DataType.FLOAT}.get(dtype) or ir.DataType[dtype.upper()]
-        )
+        node.outputs[0].type = ir.TensorType(float_type(dtype))
 
 
 def _replace_weights(node: ir.Node, packed: dict[str, ir.TensorProtocol]) -> None:

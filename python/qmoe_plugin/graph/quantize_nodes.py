@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qmoe_plugin.graph import matmul_nbits, qmoe
 from qmoe_plugin.graph.describe import UnsupportedError, describe
 from qmoe_plugin.graph.edit import add_initializer, drop_if_unused
-from qmoe_plugin.graph.inputs import FLOATS, constant_tensor, given, integer, real
+from qmoe_plugin.graph.inputs import FLOATS, constant_tensor, float_type, given, integer, real
 from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE
 from qmoe_plugin.graph.projections import check_columns
 from qmoe_plugin.graph.quantize_rules import Spec
@@ -61,6 +61,7 @@ class Plan:
         weights: The weights to quantise.
         attributes: All that it will have, but those of MoE that stay.
         inputs: Its other inputs, by name.
+        dtype: Type of its activations.
         bias: A bias that must be made, as no input has its shape; None if there is none.
     """
 
@@ -68,6 +69,7 @@ class Plan:
     weights: tuple[Weight, ...]
     attributes: Attributes
     inputs: Mapping[str, ir.Value]
+    dtype: ir.DataType
     bias: npt.NDArray[Any] | None = None
 
     def apply(self, node: ir.Node, graph: ir.Graph, tensors: Tensors, name: str) -> None:
@@ -89,7 +91,7 @@ class Plan:
                     inputs[place] = add_initializer(graph, tensor)
         if self.bias is not None:
             inputs["bias"] = add_initializer(graph, ir.Tensor(self.bias, name=name))
-        former, dtype = list(node.inputs), self.weights[0].tensor.dtype
+        former = list(node.inputs)
         node.resize_inputs(max(map(names.index, inputs)) + 1)
         for index in range(len(node.inputs)):
             node.replace_input_with(index, inputs.get(names[index]))
@@ -99,7 +101,7 @@ class Plan:
             node.attributes[key] = ir.convenience.convert_attribute(key, said)
         node.domain, node.op_type = DOMAIN, self.op_type
         if node.outputs[0].type is None:  # scales and biases may not tell it any more
-            node.outputs[0].type = ir.TensorType(dtype)
+            node.outputs[0].type = ir.TensorType(self.dtype)
         for value in former:
             _drop(value)
 
@@ -163,7 +165,7 @@ def plan_product(node: ir.Node, spec: Spec) -> Plan:
             inputs["bias"] = value
     attributes: Attributes = {**spec.format.matmul_nbits_attributes}
     attributes |= {"K": k, "N": n, "block_size": block_size}
-    return Plan("MatMulNBits", (weight,), attributes, inputs, bias)
+    return Plan("MatMulNBits", (weight,), attributes, inputs, tensor.dtype, bias)
 
 
 def plan_moe(node: ir.Node, spec_of: Callable[[str, str], Spec]) -> Plan:
@@ -176,7 +178,7 @@ def plan_moe(node: ir.Node, spec_of: Callable[[str, str], Spec]) -> Plan:
     Raises:
         UnsupportedError: If it cannot become one.
     """
-    describe(node)
+    dtype = float_type(describe(node).gemms[0].dtype)
     roles = [role for role, index in _MOE_WEIGHTS.items() if given(node, index)]
     found = {role: moe_weight(node, role) for role in roles}
     specs = {role: spec_of(role, found[role][0]) for role in ("fc1", "fc2")}
@@ -198,7 +200,7 @@ def plan_moe(node: ir.Node, spec_of: Callable[[str, str], Spec]) -> Plan:
         if given(node, _MOE_WEIGHTS[role] + 1):
             inputs[f"{role}_experts_bias"] = node.inputs[_MOE_WEIGHTS[role] + 1]
     present = {name: value for name, value in inputs.items() if value is not None}
-    return Plan("QMoE", tuple(weights), _qmoe_attributes(specs, block_size), present)
+    return Plan("QMoE", tuple(weights), _qmoe_attributes(specs, block_size), present, dtype)
 
 
 def moe_weight(node: ir.Node, role: str) -> tuple[str, ir.TensorProtocol]:
