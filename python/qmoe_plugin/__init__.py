@@ -15,6 +15,7 @@ from importlib.metadata import version as _version
 
 from qmoe_plugin import formats
 from qmoe_plugin.graph.prepack import prepack
+from qmoe_plugin.graph.quantize import quantize
 from qmoe_plugin.graph.retarget import retarget, unretarget
 from qmoe_plugin.kernels import explain, kernels
 from qmoe_plugin.library import DOMAIN, get_library_path
@@ -33,6 +34,7 @@ __all__ = [
     "get_library_path",
     "kernels",
     "prepack",
+    "quantize",
     "register",
     "retarget",
     "session",

@@ -16,6 +16,8 @@ from pathlib import Path
 import qmoe_plugin
 from qmoe_plugin import doctor
 from qmoe_plugin.graph.inspect import explain_model
+from qmoe_plugin.graph.quantize_rules import parse_rule
+from qmoe_plugin.graph.quantize_weights import SEARCHES
 from qmoe_plugin.tables import kernel_table, support_page
 
 
@@ -56,6 +58,26 @@ def _parser() -> argparse.ArgumentParser:
     _add_sm(command)
     command.set_defaults(run=_retarget)
 
+    command = commands.add_parser("quantize", help="quantise MatMul, Gemm and MoE nodes")
+    command.add_argument("input", type=Path, metavar="IN", help="ONNX model")
+    command.add_argument(
+        "output", type=Path, metavar="OUT", nargs="?", help="where to write the new model"
+    )
+    command.add_argument("--format", default="int4", help="FORMAT[:BLOCK][:asymmetric] (int4)")
+    command.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        type=_rule,
+        metavar="REGEX=FORMAT",
+        help="format of what the expression is found in, nodes or weights; or keep. The first "
+        "that matches counts",
+    )
+    command.add_argument("--search", choices=SEARCHES, default="nearest", help="how scales are set")
+    command.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=_quantize)
+
     command = commands.add_parser("prepack", help="pack the weights, for a fast start")
     command.add_argument("input", type=Path, metavar="IN", help="ONNX model")
     command.add_argument("output", type=Path, metavar="OUT", help="where to write the new model")
@@ -74,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_sm(command)
     command.set_defaults(run=_explain)
     return parser
+
+
+def _rule(text: str) -> tuple[str, str]:
+    try:
+        return parse_rule(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_sm(command: argparse.ArgumentParser) -> None:
@@ -114,6 +143,24 @@ def _retarget(options: argparse.Namespace) -> int:
         print("qmoe_plugin: no node was moved", file=sys.stderr)
         return 1
     return int(options.strict and bool(report.kept))
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    if options.output is None and not options.dry_run:
+        raise ValueError("say where to write the new model, or give --dry-run")
+    report = qmoe_plugin.quantize(
+        options.input,
+        options.output,
+        format=options.format,
+        rules=options.rule,
+        search=options.search,
+        dry_run=options.dry_run,
+    )
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    if not report.quantized:
+        print("qmoe_plugin: no node was quantised", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _prepack(options: argparse.Namespace) -> int:

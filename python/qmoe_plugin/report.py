@@ -26,13 +26,14 @@ class NodeReport:
 
     Attributes:
         name: Name of the node, or of its first output.
-        op_type: As in "QMoE", one of our ops.
+        op_type: As in "QMoE", one of our ops; of `quantize` what it was before, as in "MatMul".
         function: Name of the model's function that holds the node; "" for its graph.
         reason: Why the node was left alone; "" if it was moved.
         kernels: What will run it, for few and for many tokens. Empty for a node that was left, or
             was moved back.
         warning: Something that was decided by custom, as the node does not say it; "" for nothing.
-        weights: What was packed, as in "fc1 int4 block 32, 4 x 192 x 64"; only of `prepack`.
+        weights: What was packed or quantised, as in "fc1 int4 block 32, 4 x 192 x 64"; only of
+            `prepack` and `quantize`.
     """
 
     name: str
@@ -180,6 +181,58 @@ class PrepackReport(Report):
     def detail(self, node: NodeReport) -> str:
         """The weights of a node."""
         return "; ".join(node.weights)
+
+
+@dataclass(frozen=True)
+class QuantizeReport(Report):
+    """What `quantize` did.
+
+    Attributes:
+        search: How scales were found: "nearest" or "mse".
+        quantized: Nodes that were quantised, under their former op.
+        kept: Products with a weight, and MoE nodes, that were not, each with a reason.
+        already: How many nodes were quantised before.
+        unmatched_rules: Rules that counted for no weight, as "REGEX=FORMAT": they match nothing,
+            or only what a rule before them matches.
+        dry_run: Whether nothing was changed.
+    """
+
+    search: str
+    quantized: tuple[NodeReport, ...] = ()
+    kept: tuple[NodeReport, ...] = ()
+    already: int = 0
+    unmatched_rules: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    def log(self) -> None:
+        """As of all reports, and a warning for each rule that counted for nothing."""
+        super().log()
+        for rule in self.unmatched_rules:
+            logger.warning("the rule %s counted for no weight", rule)
+
+    def headline(self) -> str:
+        """One line that sums it up."""
+        total = len(self.quantized) + len(self.kept)
+        did = "would quantise" if self.dry_run else "quantised"
+        text = f"{did} {len(self.quantized)} of {total} nodes"
+        text += " with searched scales" if self.search == "mse" else ""
+        return text + (f"; {self.already} were quantised before" if self.already else "")
+
+    def changed(self) -> tuple[NodeReport, ...]:
+        """The nodes that were quantised."""
+        return self.quantized
+
+    def detail(self, node: NodeReport) -> str:
+        """The weights of a node."""
+        return "; ".join(node.weights)
+
+    def __str__(self) -> str:
+        """A few lines for people."""
+        lines = [super().__str__()]
+        if self.unmatched_rules:
+            lines.append("rules that counted for no weight:")
+            lines += [f"  {rule}" for rule in self.unmatched_rules]
+        return "\n".join(lines)
 
 
 def _grouped(nodes: Iterable[NodeReport], text_of: Callable[[NodeReport], str]) -> list[str]:

@@ -21,7 +21,7 @@ from helpers.run import bits_of, open_session
 from onnx import TensorProto, helper, numpy_helper
 
 import qmoe_plugin
-from qmoe_plugin.graph import prepack as module
+from qmoe_plugin.graph import prepack, rewrite
 from qmoe_plugin.graph.external_data import DataFile
 from qmoe_plugin.library import native
 
@@ -166,8 +166,8 @@ def test_an_older_model_is_never_seen_with_new_data(tmp_path, monkeypatch):
     assert [file.name for file in output.parent.iterdir()] == ["packed.onnx.data"]
 
 
-@pytest.mark.parametrize("moment", ["serialize", "describe"])
-def test_a_failure_leaves_an_older_output_as_it_was(tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize(("module", "moment"), [(rewrite, "serialize"), (prepack, "describe")])
+def test_a_failure_leaves_an_older_output_as_it_was(tmp_path, monkeypatch, module, moment):
     path = save_external(stock_model(), tmp_path)
     output = tmp_path / "out" / "packed.onnx"
     qmoe_plugin.prepack(path, output)

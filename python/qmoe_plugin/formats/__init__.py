@@ -16,6 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from qmoe_plugin.formats.base import Format
 from qmoe_plugin.formats.packing import pack, unpack
 from qmoe_plugin.formats.rounding import Quantized
+from qmoe_plugin.formats.search import quantize_mse
 
 __all__ = [
     "ENTRY_POINTS",
@@ -26,13 +27,14 @@ __all__ = [
     "for_attributes",
     "get",
     "pack",
+    "quantize_mse",
     "unpack",
 ]
 
 ENTRY_POINTS = "qmoe_plugin.formats"
 """The group of entry points by which other packages add formats."""
 
-_SHARED = ("base", "packing", "rounding", "scales")  # what the formats are made of
+_SHARED = ("base", "packing", "rounding", "scales", "search")  # what the formats are made of
 
 
 class _Registry(Mapping[str, Format]):

@@ -87,11 +87,11 @@ def by_magnitude(fmt: Format, weights: Array, block_size: int, scale_dtype: DTyp
     if fmt.square_blocks and not block_size:
         global_scale = np.where(largest > 0, largest / top, np.float32(1))
         per_code = np.broadcast_to(global_scale[..., None, None], weights.shape)
-        codes = pack(_nearest(fmt, weights, per_code), fmt.bits)
+        codes = pack(nearest(fmt, weights, per_code), fmt.bits)
         return Quantized(codes, None, None, global_scale)
 
     height, width = block_size if fmt.square_blocks else 1, block_size or k
-    magnitude = _largest_of_blocks(np.abs(weights), height, width)
+    magnitude = as_blocks(np.abs(weights), height, width).max(axis=(-3, -1))
     if fmt.scale_type == "float8e8m0":
         below = np.abs(fmt.values)[np.abs(fmt.values) < top].max()
         scales = small_floats.e8m0_covering(magnitude, 1.5 * float(top) - 0.5 * below)
@@ -104,7 +104,7 @@ def by_magnitude(fmt: Format, weights: Array, block_size: int, scale_dtype: DTyp
     decoded = small_floats.decode_scales(scales, fmt.scale_type).astype(np.float32)
     per_code = decoded * global_scale[..., None, None]
     per_code = np.repeat(np.repeat(per_code, height, axis=-2), width, axis=-1)
-    codes = pack(_nearest(fmt, weights, per_code[..., :n, :k]), fmt.bits)
+    codes = pack(nearest(fmt, weights, per_code[..., :n, :k]), fmt.bits)
     has_global = fmt.has_global_scale(block_size)
     scales = scales if block_size else scales[..., 0]
     return Quantized(codes, scales, None, global_scale if has_global else None)
@@ -154,24 +154,24 @@ def _nearest_codes(fmt: Format, rows: Array, block_size: int, scales: Array, zer
     repeats = block_size or k
     scale = np.repeat(scales, repeats, axis=-1)[:, :k]
     zero = np.repeat(zeros, repeats, axis=-1)[:, :k].astype(np.float32)
-    return _nearest(fmt, rows, scale, zero if _is_integer(fmt) else None)
+    return nearest(fmt, rows, scale, zero if is_integer(fmt) else None)
 
 
-def _nearest(fmt: Format, weights: Array, scales: Array, zeros: Array | None = None) -> Array:
+def nearest(fmt: Format, weights: Array, scales: Array, zeros: Array | None = None) -> Array:
     """The code nearest to each weight, all three of one shape; that of 0 where the scale is."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         wanted = np.where(scales != 0, weights / scales, np.float32(0))
     return _encode(fmt, wanted if zeros is None else wanted + zeros)
 
 
-def _is_integer(fmt: Format) -> bool:
+def is_integer(fmt: Format) -> bool:
     """Whether codes decode to themselves, so that a zero point is a code too."""
     return bool(np.array_equal(fmt.values, np.arange(1 << fmt.bits)))
 
 
 def _encode(fmt: Format, wanted: Array) -> Array:
     """The code whose value is nearest to each wanted one; of two equally near, the even."""
-    if _is_integer(fmt):
+    if is_integer(fmt):
         return np.clip(np.rint(wanted), 0, (1 << fmt.bits) - 1).astype(np.uint8)
     ordered, order = np.unique(fmt.values, return_index=True)  # equal values: the first code
     ordered = ordered[np.isfinite(ordered)]
@@ -181,14 +181,13 @@ def _encode(fmt: Format, wanted: Array) -> Array:
     return order[np.where(take_right, right, right - 1)].astype(np.uint8)
 
 
-def _largest_of_blocks(magnitudes: Array, height: int, width: int) -> Array:
-    """The largest of each block of a matrix [..., N, K], partial ones too: [..., N / h, K / w]."""
-    *lead, n, k = magnitudes.shape
+def as_blocks(values: Array, height: int, width: int) -> Array:
+    """A matrix [..., N, K] as [..., N / h, h, K / w, w]; partial blocks are filled with zeros."""
+    *lead, n, k = values.shape
     rows, columns = -(-n // height), -(-k // width)
-    padded = np.zeros((*lead, rows * height, columns * width), dtype=magnitudes.dtype)
-    padded[..., :n, :k] = magnitudes
-    blocks: Array = padded.reshape(*lead, rows, height, columns, width).max(axis=(-3, -1))
-    return blocks
+    padded = np.zeros((*lead, rows * height, columns * width), dtype=values.dtype)
+    padded[..., :n, :k] = values
+    return padded.reshape(*lead, rows, height, columns, width)
 
 
 def _rounded(values: Array, dtype: npt.DTypeLike) -> Array:

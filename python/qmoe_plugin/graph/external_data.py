@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,41 @@ def raw_bytes(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
             f"{tensor.length}, and {tensor.path} ends at {end}; the model is damaged"
         )
     return np.memmap(tensor.path, np.uint8, "r", offset, (size,))
+
+
+class Store(Protocol):
+    """Where a pass puts the tensors that it makes."""
+
+    def add(self, name: str, content: npt.NDArray[np.uint8]) -> ir.TensorProtocol:
+        """Takes a uint8 tensor [bytes]."""
+
+    def stream(
+        self,
+        name: str,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        parts: Iterable[npt.NDArray[np.uint8]],
+    ) -> ir.TensorProtocol:
+        """Takes a tensor whose bytes come in parts, one after the other."""
+
+
+class Memory:
+    """A `Store` in memory."""
+
+    def add(self, name: str, content: npt.NDArray[np.uint8]) -> ir.TensorProtocol:
+        """Keeps a uint8 tensor [bytes]."""
+        return ir.Tensor(content, name=name)
+
+    def stream(
+        self,
+        name: str,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        parts: Iterable[npt.NDArray[np.uint8]],
+    ) -> ir.TensorProtocol:
+        """Keeps a tensor whose bytes come in parts."""
+        content = np.concatenate([part.reshape(-1) for part in parts])
+        return ir.Tensor(content.view(dtype.numpy()).reshape(shape), dtype=dtype, name=name)
 
 
 class DataFile:
@@ -75,6 +112,29 @@ class DataFile:
         """Appends a uint8 tensor [bytes]."""
         return self._tensor(name, self._write(content), ir.DataType.UINT8, ir.Shape(content.shape))
 
+    def stream(
+        self,
+        name: str,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        parts: Iterable[npt.NDArray[np.uint8]],
+    ) -> ir.ExternalTensor:
+        """Appends a tensor whose bytes come in parts; nothing else may be appended meanwhile."""
+        start = self._file.tell()
+        size = -(-math.prod(shape) * dtype.bitwidth // 8)
+        made = self._tensor(
+            name, self._align(_PAGE if size >= _PAGE else 64), dtype, ir.Shape(shape)
+        )
+        try:
+            written = sum(self._file.write(part.data) for part in parts)
+        except BaseException:  # whoever makes the parts may give up on this tensor only
+            self._file.seek(start)
+            self._file.truncate()
+            raise
+        if written != made.nbytes:
+            raise AssertionError(f"'{name}' has {made.nbytes} bytes, but {written} came")
+        return made
+
     def move(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         """Appends the bytes of a tensor that are in another file; leaves other tensors alone."""
         if not isinstance(tensor, ir.ExternalTensor) or Path(tensor.path) == self.path:
@@ -92,10 +152,14 @@ class DataFile:
 
     def _write(self, content: npt.NDArray[np.uint8]) -> int:
         """Appends bytes; those of a page or more start a page, so that they can be mapped."""
-        alignment = _PAGE if content.size >= _PAGE else 64
+        offset = self._align(_PAGE if content.size >= _PAGE else 64)
+        self._file.write(content.data)
+        return offset
+
+    def _align(self, alignment: int) -> int:
+        """Goes to the next multiple of so many bytes."""
         offset = -(-self._file.tell() // alignment) * alignment
         self._file.seek(offset)
-        self._file.write(content.data)
         return offset
 
     def _tensor(

@@ -154,6 +154,11 @@ def float_name(dtype: ir.DataType) -> str:
     return _DTYPE_NAMES[dtype]
 
 
+def float_type(name: str) -> ir.DataType:
+    """The type in `FLOATS` of this name, as `float_name` gives it."""
+    return next(dtype for dtype, known in _DTYPE_NAMES.items() if known == name)
+
+
 def known_attributes(node: ir.Node, known: Iterable[str]) -> None:
     """Refuses a node with an attribute that we do not know: it may change what the node means."""
     unknown = sorted(set(node.attributes) - set(known))

@@ -48,7 +48,8 @@ STOCK_INPUTS = ("A", "B", "scales", "zero_points", "g_idx", "bias")
 FORMAT_ATTRIBUTE = "weight_format"
 """An attribute of ours that com.microsoft does not have: the name of a format."""
 
-_INPUTS = (*STOCK_INPUTS, "codebook", "global_scale")
+INPUTS = (*STOCK_INPUTS, "codebook", "global_scale")
+"""The inputs of ours."""
 
 
 def describe_matmul_nbits(node: ir.Node) -> Description:
@@ -58,7 +59,7 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
         UnsupportedError: If our op cannot run it.
     """
     known_attributes(node, (*STOCK_ATTRIBUTES, FORMAT_ATTRIBUTE, LAYOUT_ATTRIBUTE))
-    known_inputs(node, len(_INPUTS))
+    known_inputs(node, len(INPUTS))
     n, k, block_size = (integer(node, name, 0) for name in ("N", "K", "block_size"))
     if n < 1 or k < 1:
         raise UnsupportedError(f"N is {n} and K is {k}; both must be given and positive")
@@ -90,8 +91,8 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
     check_scale_type(fmt, scales)
     if scales.shape != (scale_rows, groups):
         raise UnsupportedError(f"{scales} must have shape {[scale_rows, groups]}")
-    check_codebook(node, _INPUTS.index("codebook"), fmt)
-    check_global_scale(node, _INPUTS.index("global_scale"), fmt, block_size, 1)
+    check_codebook(node, INPUTS.index("codebook"), fmt)
+    check_global_scale(node, INPUTS.index("global_scale"), fmt, block_size, 1)
     if zero_points is not None:
         check_zero_points(_by_row(zero_points, n), fmt, (n, groups), block_size)
     if group_index is not None and (

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
 from qmoe_plugin.devices import CPU, Target, target
-from qmoe_plugin.graph.apply import load, parse, serialize, write
 from qmoe_plugin.graph.describe import Description, UnsupportedError, describe
-from qmoe_plugin.graph.external_data import DataFile, data_files, raw_bytes
-from qmoe_plugin.graph.inputs import constant_tensor, given, string
+from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused
+from qmoe_plugin.graph.external_data import Store, raw_bytes
+from qmoe_plugin.graph.inputs import constant_tensor, float_type, given, string
 from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE, PACKED, PackedWeights, is_packed, read_header
 from qmoe_plugin.graph.retarget import RESTORE_KEY, Retarget
-from qmoe_plugin.graph.walk import Body, bodies, external_tensors, label, replace_tensors
+from qmoe_plugin.graph.rewrite import Model, PathLike, rewrite
+from qmoe_plugin.graph.walk import Body, bodies, label
 from qmoe_plugin.library import DOMAIN, OPS, native
 from qmoe_plugin.report import KernelChoice, NodeReport, PrepackReport
-
-Model = ir.Model | onnx.ModelProto
-PathLike = str | os.PathLike[str]
-Store = Callable[[str, npt.NDArray[np.uint8]], ir.TensorProtocol]
-"""Takes the name and the bytes of a tensor."""
 
 _WEIGHTS = {"QMoE": {"fc1": 2, "fc2": 5}, "MatMulNBits": {"B": 1}}
 """Input numbers of packed weights."""
@@ -86,23 +78,7 @@ def prepack(
     where = target(sm or 0)
     if 0 < where.sm < _FIRST_SM:
         raise ValueError(f"sm is {sm}; our CUDA kernels run from sm_{_FIRST_SM} on")
-    if isinstance(model, (str, os.PathLike, bytes)):
-        if output is None:
-            raise TypeError("a path or bytes need `output`, the path to write to")
-        report = _prepack_to_file(model, Path(output), where)
-    elif output is not None:
-        raise TypeError("`output` is for a path or bytes; other models are changed in place")
-    elif isinstance(model, ir.Model):
-        report = _prepack_in_place(model, where, _in_memory)
-    elif isinstance(model, onnx.ModelProto):
-        decoded = _decode(model, None)
-        report = _prepack_in_place(decoded, where, _in_memory)
-        model.CopyFrom(ir.to_proto(decoded))
-    else:
-        raise TypeError(
-            f"model is a {type(model).__name__}; give a path, bytes, onnx.ModelProto or "
-            "onnx_ir.Model"
-        )
+    report = rewrite(model, output, lambda decoded, store: _prepack(decoded, where, store))
     report.log()
     return report
 
@@ -124,7 +100,7 @@ class Prepack(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Changes the model, and sets `report`."""
-        names = _Names(model)
+        names = Names(model)
         packed: list[NodeReport] = []
         kept: list[NodeReport] = []
         already = 0
@@ -144,7 +120,7 @@ class Prepack(ir.passes.InPlacePass):
         self.report = PrepackReport(str(self.target), tuple(packed), tuple(kept), already)
         return ir.passes.PassResult(model, bool(packed))
 
-    def _pack(self, node: ir.Node, body: Body, names: _Names) -> list[PackedWeights]:
+    def _pack(self, node: ir.Node, body: Body, names: Names) -> list[PackedWeights]:
         """Packs the weights of a node.
 
         Raises:
@@ -174,10 +150,10 @@ class Prepack(ir.passes.InPlacePass):
         return [read_header(name, content) for name, content in packed.items()]
 
     def _tensor(
-        self, node: ir.Node, projection: str, content: npt.NDArray[np.uint8], names: _Names
+        self, node: ir.Node, projection: str, content: npt.NDArray[np.uint8], names: Names
     ) -> ir.TensorProtocol:
         old = node.inputs[_WEIGHTS[node.op_type][projection]]
-        return self._store(names.new(f"{old.name if old else projection}.packed"), content)
+        return self._store.add(names.new(f"{old.name if old else projection}.packed"), content)
 
 
 class _RetargetForPacking(Retarget):
@@ -187,30 +163,6 @@ class _RetargetForPacking(Retarget):
         if self.target == CPU or native().has_cuda():
             return super().choose(description)
         return ()
-
-
-class _Names:
-    """The names of a model's values."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self._taken = {
-            value.name
-            for body in bodies(model)
-            for graph in body.graphs()
-            for value in (*graph.inputs, *graph.initializers.values())
-        }
-        self._taken |= {
-            value.name for body in bodies(model) for node in body.nodes() for value in node.outputs
-        }
-
-    def new(self, wanted: str) -> str:
-        """This name, or one like it that no value has."""
-        name, count = wanted, 1
-        while name in self._taken:
-            count += 1
-            name = f"{wanted}{count}"
-        self._taken.add(name)
-        return name
 
 
 def _constant(node: ir.Node, index: int) -> tuple[str, list[int], npt.NDArray[np.uint8]] | None:
@@ -238,9 +190,7 @@ def _mark(node: ir.Node, dtype: str) -> None:
             node.attributes.pop("swiglu_limit", None)
     # Scales and biases, which may have told it, are gone.
     if node.outputs[0].type is None:
-        node.outputs[0].type = ir.TensorType(
-            {"float32": ir.DataType.FLOAT}.get(dtype) or ir.DataType[dtype.upper()]
-        )
+        node.outputs[0].type = ir.TensorType(float_type(dtype))
 
 
 def _replace_weights(node: ir.Node, packed: dict[str, ir.TensorProtocol]) -> None:
@@ -252,33 +202,13 @@ def _replace_weights(node: ir.Node, packed: dict[str, ir.TensorProtocol]) -> Non
             continue
         made = None
         if index in weights:
-            tensor = weights[index]
-            made = ir.Value(
-                name=tensor.name,
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(tensor.shape.numpy()),
-                const_value=tensor,
-            )
             assert isinstance(value.graph, ir.Graph)  # as no function holds it
-            value.graph.register_initializer(made)
+            made = add_initializer(value.graph, weights[index])
         node.replace_input_with(index, made)
     last = max(index for index, value in enumerate(node.inputs) if value is not None)
     node.resize_inputs(last + 1)
     for value in former:
-        _drop_if_unused(value)
-
-
-def _drop_if_unused(value: ir.Value | None) -> None:
-    """Removes a constant that nobody reads any more."""
-    if value is None or value.uses() or value.is_graph_output() or value.graph is None:
-        return
-    producer = value.producer()
-    if producer is not None:
-        if producer.op_type == "Constant":
-            value.graph.remove(producer)
-    elif value.is_initializer() and not value.is_graph_input():
-        assert isinstance(value.graph, ir.Graph)
-        value.graph.initializers.pop(value.name or "")
+        drop_if_unused(value)
 
 
 def _report(
@@ -287,51 +217,8 @@ def _report(
     return NodeReport(label(node), node.op_type, body.function, reason, weights=weights)
 
 
-def _in_memory(name: str, content: npt.NDArray[np.uint8]) -> ir.TensorProtocol:
-    return ir.Tensor(content, name=name)
-
-
-def _prepack_in_place(model: ir.Model, where: Target, store: Store) -> PrepackReport:
+def _prepack(model: ir.Model, where: Target, store: Store) -> PrepackReport:
     retarget, pack = _RetargetForPacking(where), Prepack(where, store)
     retarget(model)
     pack(model)
     return pack.report.after(retarget.report)
-
-
-def _prepack_to_file(model: PathLike | bytes, output: Path, where: Target) -> PrepackReport:
-    data = DataFile(output.with_name(f"{output.name}.data"))
-    if isinstance(model, bytes):
-        decoded = _decode(parse(model), None)
-    else:
-        decoded = _decode(load(Path(model)), Path(model).parent)
-        sources = [Path(model), *(Path(model).parent / file for file in data_files(decoded))]
-        for source in sources:
-            for made in (output, data.path):
-                if made.exists() and made.samefile(source):
-                    raise ValueError(
-                        f"{made} would replace a file of the original model, which is worth "
-                        "keeping: packing cannot be undone. Write to another path"
-                    )
-    with data:
-        report = _prepack_in_place(decoded, where, data.add)
-        replace_tensors(decoded, data.move)
-        write(serialize(ir.to_proto(decoded)), output, data)
-    return report
-
-
-def _decode(proto: onnx.ModelProto, folder: Path | None) -> ir.Model:
-    """The model, with its external data in `folder`."""
-    if proto.graph.sparse_initializer or proto.training_info:
-        raise ValueError(
-            "the model has sparse initializers or training information, which prepack cannot keep; "
-            "retarget it instead"
-        )
-    model = ir.from_proto(proto)
-    for tensor in external_tensors(model):
-        if folder is None:
-            raise ValueError(
-                f"the model keeps '{tensor.name}' in the file '{tensor.location}', and does not "
-                "say in which folder; give its path, or an onnx_ir.Model"
-            )
-        tensor.base_dir = folder
-    return model

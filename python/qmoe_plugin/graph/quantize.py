@@ -1,0 +1,211 @@
+"""Quantises the float weights of a model: MatMul and Gemm, and the experts of MoE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import onnx_ir as ir
+
+from qmoe_plugin.graph.describe import STOCK_DOMAIN, UnsupportedError
+from qmoe_plugin.graph.edit import Names
+from qmoe_plugin.graph.external_data import Memory, Store
+from qmoe_plugin.graph.quantize_nodes import (
+    Plan,
+    is_product_with_weight,
+    plan_moe,
+    plan_product,
+    product_weight_name,
+)
+from qmoe_plugin.graph.quantize_rules import Rules, Spec
+from qmoe_plugin.graph.quantize_weights import SEARCHES, quantize_weight
+from qmoe_plugin.graph.retarget import DOMAIN_VERSION
+from qmoe_plugin.graph.rewrite import Model, PathLike, read, rewrite
+from qmoe_plugin.graph.routing import routing_products
+from qmoe_plugin.graph.walk import Body, bodies, label
+from qmoe_plugin.library import DOMAIN
+from qmoe_plugin.report import NodeReport, QuantizeReport
+
+_QUANTIZED = (
+    "QMoE",
+    "MatMulNBits",
+    "MatMulBlockQuantizedFp8Weight",
+    "MatMulBlockQuantizedFp4Weight",
+)
+
+
+@overload
+def quantize(
+    model: Model,
+    *,
+    format: str = ...,
+    rules: Sequence[tuple[str, str]] = ...,
+    search: str = ...,
+    dry_run: bool = ...,
+) -> QuantizeReport: ...
+@overload
+def quantize(
+    model: PathLike | bytes,
+    output: PathLike | None = None,
+    *,
+    format: str = ...,
+    rules: Sequence[tuple[str, str]] = ...,
+    search: str = ...,
+    dry_run: bool = ...,
+) -> QuantizeReport: ...
+def quantize(
+    model: Model | PathLike | bytes,
+    output: PathLike | None = None,
+    *,
+    format: str = "int4",
+    rules: Sequence[tuple[str, str]] = (),
+    search: str = "nearest",
+    dry_run: bool = False,
+) -> QuantizeReport:
+    """Quantises MatMul and Gemm nodes to MatMulNBits, and MoE nodes to QMoE, of our domain.
+
+    A format is said by a spec, `FORMAT[:BLOCK][:asymmetric]`: "int4", "int8:128:asymmetric",
+    "nvfp4", or "nf4", "af4", "iq4_nl" (codebook4 with these values); "keep" leaves weights in
+    float. The first rule that matches a weight counts, then two defaults that are kept in float:
+    what computes router logits, and gates of shared experts; then `format`.
+
+    Args:
+        model: An onnx_ir.Model or onnx.ModelProto, which is changed in place and holds the new
+            weights in memory; or, with `output`, the path or the bytes of a model.
+        output: Path of the new model. All its external data is in one new file, `<output>.data`.
+            Both get their names when they are whole.
+        format: The spec of weights that nothing else says anything of.
+        rules: Pairs of a regular expression and a spec. It is searched in the name of the node
+            and of the weight; of experts also in `<node>/fc1` and `<node>/fc2`, each of which has
+            a format of its own, fc3 that of fc1.
+        search: "nearest" for scales that reach each block's largest weight, "mse" for scales
+            searched for the least squared error, see `qmoe_plugin.formats.quantize_mse`: better,
+            and slower by an order of magnitude.
+        dry_run: Only say what would be done. `output` is then not needed.
+
+    Returns:
+        Which nodes were quantised, to what; which were not, and why; and the rules that never
+        counted. Also logged by the logger "qmoe_plugin".
+
+    Raises:
+        ValueError: For bad specs, rules and models, and if a file of the model would be replaced.
+    """
+    if search not in SEARCHES:
+        raise ValueError(f"search is '{search}'; allowed are {', '.join(SEARCHES)}")
+    parsed = Rules(rules, format)
+    if dry_run:
+        planned = Quantize(parsed, search, Memory(), dry_run=True)
+        planned(read(model))
+        report = planned.report
+    else:
+        report = rewrite(
+            model, output, lambda decoded, store: _quantize(decoded, parsed, search, store)
+        )
+    report.log()
+    return report
+
+
+def _quantize(model: ir.Model, rules: Rules, search: str, store: Store) -> QuantizeReport:
+    change = Quantize(rules, search, store)
+    change(model)
+    return change.report
+
+
+class Quantize(ir.passes.InPlacePass):
+    """The pass behind `quantize`. `report` says what it did."""
+
+    def __init__(self, rules: Rules, search: str, store: Store, *, dry_run: bool = False) -> None:
+        """Makes a pass.
+
+        Args:
+            rules: Say the format of each weight.
+            search: One of `SEARCHES`.
+            store: Takes the quantised weights.
+            dry_run: Only report.
+        """
+        super().__init__()
+        self.report = QuantizeReport(search)
+        self._rules, self._search, self._store, self._dry_run = rules, search, store, dry_run
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Changes the model, and sets `report`."""
+        names = Names(model)
+        quantized: list[NodeReport] = []
+        kept: list[NodeReport] = []
+        already = 0
+        for body in bodies(model):
+            routing = routing_products(body)
+            for node in list(body.nodes()):
+                already += node.domain in (STOCK_DOMAIN, DOMAIN) and node.op_type in _QUANTIZED
+                if not (_is_moe(node) or is_product_with_weight(node)):
+                    continue
+                name, op_type = label(node), node.op_type
+                try:
+                    plan, warning = self._plan(node, body, routing.get(node, ""))
+                    self._apply(plan, node, body, names)
+                except UnsupportedError as error:
+                    kept.append(NodeReport(name, op_type, body.function, str(error)))
+                    continue
+                weights = tuple(map(str, plan.weights))
+                quantized.append(
+                    NodeReport(name, op_type, body.function, warning=warning, weights=weights)
+                )
+        self.report = QuantizeReport(
+            self._search,
+            tuple(quantized),
+            tuple(kept),
+            already,
+            self._rules.unmatched,
+            self._dry_run,
+        )
+        return ir.passes.PassResult(model, bool(quantized) and not self._dry_run)
+
+    def _plan(self, node: ir.Node, body: Body, routes: str) -> tuple[Plan, str]:
+        """What a node becomes, and a warning.
+
+        Args:
+            node: A MoE, or a product with a weight.
+            body: Where it is.
+            routes: Why it had better stay in float; "" if it need not.
+
+        Raises:
+            UnsupportedError: If it stays as it is.
+        """
+        warning = ""
+
+        def spec_of(role: str, weight: str) -> Spec:
+            nonlocal warning
+            name = label(node)
+            found = self._rules.find((name, f"{name}/{role}" if role else None, weight))
+            if found is None and routes:
+                raise UnsupportedError(f"{routes}; it stays in float unless a rule names it")
+            text, spec = found or ("the default", self._rules.default)
+            if spec is None:
+                raise UnsupportedError(f"{text} keeps {role or 'it'} in float")
+            warning = f"{text} quantises it, though {routes}" if routes else ""
+            return spec
+
+        moe = _is_moe(node)
+        spec = None if moe else spec_of("", product_weight_name(node))
+        if body.function:
+            raise UnsupportedError(
+                "a function of the model holds it, which has no initializers; inline the function "
+                "first"
+            )
+        plan = plan_moe(node, spec_of) if spec is None else plan_product(node, spec)
+        return plan, warning
+
+    def _apply(self, plan: Plan, node: ir.Node, body: Body, names: Names) -> None:
+        if self._dry_run:
+            return
+        tensors = {
+            weight.role: quantize_weight(weight, self._search, self._store, names)
+            for weight in plan.weights
+        }
+        assert isinstance(node.graph, ir.Graph)  # as no function holds it
+        plan.apply(node, node.graph, tensors, names.new(f"{plan.weights[0].name}.bias"))
+        body.opset_imports.setdefault(DOMAIN, DOMAIN_VERSION)
+
+
+def _is_moe(node: ir.Node) -> bool:
+    return node.domain in (STOCK_DOMAIN, DOMAIN) and node.op_type == "MoE"

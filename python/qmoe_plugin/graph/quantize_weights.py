@@ -1,0 +1,192 @@
+"""Quantises one weight tensor, a few rows at a time, into a store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qmoe_plugin import formats
+from qmoe_plugin.formats import Quantized
+from qmoe_plugin.formats.scales import E8M0
+from qmoe_plugin.graph.describe import UnsupportedError
+from qmoe_plugin.graph.edit import Names
+from qmoe_plugin.graph.external_data import Store, raw_bytes
+
+Array = npt.NDArray[Any]
+
+SEARCHES = ("nearest", "mse")
+"""How scales are found: those of round-to-nearest, or searched for the least squared error."""
+
+_WEIGHTS_AT_ONCE = 1 << 22
+"""16 MB in float32, of which the search holds about ten copies."""
+
+_ROWS_UNIT = 64  # so that packed zero points of rows fill bytes
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A float weight, and what it becomes.
+
+    Attributes:
+        role: "fc1", "fc2", "fc3" or "B".
+        name: Of the tensor.
+        tensor: [E, N, K], or one matrix.
+        transposed: Whether it is a matrix [K, N].
+        format: The format.
+        block_size: Along K; 0 = one scale a row, or an expert.
+        symmetric: Without zero points.
+        whole_blocks: Whether rows are padded to whole blocks, as MatMulNBits has them.
+    """
+
+    role: str
+    name: str
+    tensor: ir.TensorProtocol
+    transposed: bool
+    format: formats.Format
+    block_size: int
+    symmetric: bool
+    whole_blocks: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """E, N and K."""
+        *lead, a, b = self.tensor.shape.numpy()
+        return (lead[0] if lead else 1, *((b, a) if self.transposed else (a, b)))
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of the bytes of a row of codes."""
+        k, bits = self.shape[2], self.format.bits
+        if self.whole_blocks:
+            return (self.format.groups(k, self.block_size), self.block_size * bits // 8)
+        return (-(-k * bits // 8),)
+
+    def __str__(self) -> str:
+        """As in "fc1 int4 block 32, 4 x 192 x 64"."""
+        block = f"block {self.block_size}" if self.block_size else "per channel"
+        if self.format.square_blocks and not self.block_size:
+            block = "per expert"
+        zeros = "" if self.symmetric else " asymmetric"
+        experts, n, k = self.shape
+        sizes = f"{n} x {k}" if self.role == "B" else f"{experts} x {n} x {k}"
+        return f"{self.role} {self.format.name}{zeros} {block}, {sizes}"
+
+    def read(self) -> Array:
+        """[E, N, K], a view of the model's memory or of a mapping of its file."""
+        raw = raw_bytes(self.tensor).view(self.tensor.dtype.numpy())
+        stack: Array = raw.reshape(self.tensor.shape.numpy())
+        if stack.ndim == 2:
+            stack = stack[None]
+        return stack.swapaxes(1, 2) if self.transposed else stack
+
+
+@dataclass
+class _Pieces:
+    """What comes with the codes, row by row: [rows, ...] each."""
+
+    scales: list[Array] = field(default_factory=list)
+    zero_points: list[Array] = field(default_factory=list)
+    global_scale: list[Array] = field(default_factory=list)
+
+    def take(self, quantized: Quantized, first: bool) -> None:
+        """Keeps those of some rows; `first` says whether they are the first of an expert."""
+        if quantized.scales is not None:
+            self.scales.append(quantized.scales)
+        if quantized.zero_points is not None:
+            self.zero_points.append(quantized.zero_points)
+        if quantized.global_scale is not None and first:
+            self.global_scale.append(np.reshape(quantized.global_scale, 1))
+
+
+def quantize_weight(
+    weight: Weight, search: str, store: Store, names: Names
+) -> dict[str, ir.TensorProtocol]:
+    """Quantises a weight.
+
+    Args:
+        weight: What becomes what.
+        search: One of `SEARCHES`.
+        store: Takes the tensors.
+        names: Gives them names.
+
+    Returns:
+        The tensors of the node that the format has: "codes", "scales", "zero_points",
+        "global_scale", "codebook". Of one matrix (role "B") they have no dimension of experts.
+
+    Raises:
+        UnsupportedError: If the weights are not finite.
+    """
+    experts, n, k = weight.shape
+    lead = () if weight.role == "B" else (experts,)
+    pieces = _Pieces()
+
+    def stored(kind: str, array: Array) -> ir.TensorProtocol:
+        dtype = ir.DataType.from_numpy(array.dtype)
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return store.stream(names.new(f"{weight.name}.{kind}"), dtype, array.shape, [content])
+
+    tensors = {
+        "codes": store.stream(
+            names.new(f"{weight.name}.{weight.format.name}"),
+            ir.DataType.UINT8,
+            (*lead, n, *weight.row_shape),
+            _codes(weight, search, pieces),
+        )
+    }
+    if pieces.scales:
+        scales = np.concatenate(pieces.scales)
+        # As bytes, which onnxruntime takes that does not know the type yet.
+        scales = scales.view(np.uint8) if scales.dtype == E8M0 else scales
+        shape = weight.format.scale_shape(n, k, weight.block_size)
+        assert shape is not None
+        tensors["scales"] = stored("scales", scales.reshape(*lead, *shape))
+    if pieces.zero_points:
+        zeros = np.concatenate(pieces.zero_points)
+        shape = (n, zeros.shape[-1]) if zeros.ndim == 2 else (len(zeros) // experts,)
+        tensors["zero_points"] = stored("zero_points", zeros.reshape(*lead, *shape))
+    if pieces.global_scale:
+        tensors["global_scale"] = stored("global_scale", np.concatenate(pieces.global_scale))
+    if weight.format.codebook:
+        tensors["codebook"] = stored("codebook", weight.format.values.astype(np.float32))
+    return tensors
+
+
+def _codes(weight: Weight, search: str, pieces: _Pieces) -> Iterator[npt.NDArray[np.uint8]]:
+    """The codes of some rows at a time, uint8 [rows, bytes]; the rest goes to `pieces`."""
+    stack = weight.read()
+    for matrix in stack:
+        rows_at_once = _rows_at_once(weight)
+        for start in range(0, len(matrix), rows_at_once):
+            quantized = _quantize(weight, search, matrix[start : start + rows_at_once])
+            pieces.take(quantized, first=start == 0)
+            padding = math.prod(weight.row_shape) - quantized.codes.shape[-1]
+            yield np.ascontiguousarray(np.pad(quantized.codes, ((0, 0), (0, padding))))
+
+
+def _rows_at_once(weight: Weight) -> int:
+    """Rows that are quantised together: all of them where a scale is found from all of them."""
+    fmt, (_, n, k) = weight.format, weight.shape
+    if fmt.scale_type == "float8e4m3fn" or (fmt.square_blocks and not weight.block_size):
+        return n
+    unit = max(_ROWS_UNIT, weight.block_size if fmt.square_blocks else 1)
+    return max(1, _WEIGHTS_AT_ONCE // k // unit) * unit
+
+
+def _quantize(weight: Weight, search: str, rows: Array) -> Quantized:
+    values = np.ascontiguousarray(rows, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise UnsupportedError(f"'{weight.name}' holds NaN or infinity, which no format has")
+    quantize = formats.quantize_mse if search == "mse" else formats.Format.quantize
+    return quantize(
+        weight.format,
+        values,
+        weight.block_size,
+        symmetric=weight.symmetric,
+        scale_dtype=weight.tensor.dtype.numpy(),
+    )

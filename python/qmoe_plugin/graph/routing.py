@@ -1,0 +1,87 @@
+"""Finds the matrix products that decide the routing of a Mixture of Experts.
+
+Rounding their weights to few bits makes a token go to another expert, which no later layer makes
+good. They are a thousandth of a model's weights, so there is nothing to gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from qmoe_plugin.graph.describe import STOCK_DOMAIN
+from qmoe_plugin.graph.inputs import given
+from qmoe_plugin.graph.walk import Body
+from qmoe_plugin.library import DOMAIN
+
+ROUTER = "it computes router logits, and rounding them changes which experts are chosen"
+GATE = "it computes the gate of a shared expert, one number a token"
+
+_PRODUCTS = ("MatMul", "Gemm")
+
+# Inputs of MoE and QMoE with logits or weights of experts.
+_ROUTING_INPUTS = {"MoE": (1,), "QMoE": (1, 14)}
+
+# fmt: off
+_FROM_LOGITS = frozenset((
+    "Abs", "Add", "Cast", "Clip", "Concat", "Div", "Exp", "Expand", "Flatten", "Gather",
+    "GatherElements", "Identity", "Log", "LogSoftmax", "Max", "Min", "Mul", "Neg", "Pow",
+    "ReduceMax", "ReduceSum", "Reshape", "ScatterElements", "Sigmoid", "Slice", "Softmax",
+    "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze",
+    "Where",
+))
+# fmt: on
+"""What lies between logits and the choice of experts, biases and groups of experts included."""
+
+_FROM_GATE = frozenset(["Add", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"])
+
+
+def routing_products(body: Body) -> dict[ir.Node, str]:
+    """The MatMul and Gemm nodes that decide the routing, each with the reason."""
+    found: dict[ir.Node, str] = {}
+    for node in body.nodes():
+        for value in _routing_inputs(node):
+            found |= dict.fromkeys(_products_before(value, _FROM_LOGITS), ROUTER)
+    for node in body.nodes():
+        if node.domain == "" and node.op_type == "Sigmoid":
+            for product in _products_before(node.inputs[0], _FROM_GATE):
+                if _columns(product) == 1:
+                    found.setdefault(product, GATE)
+    return found
+
+
+def _routing_inputs(node: ir.Node) -> Iterator[ir.Value | None]:
+    if node.domain == "" and node.op_type == "TopK":
+        yield node.inputs[0]
+    elif node.domain in (STOCK_DOMAIN, DOMAIN):
+        for index in _ROUTING_INPUTS.get(node.op_type, ()):
+            if given(node, index):
+                yield node.inputs[index]
+
+
+def _products_before(value: ir.Value | None, through: frozenset[str]) -> Iterator[ir.Node]:
+    """The nearest matrix products that a value is computed from, through these ops only."""
+    waiting, seen = [value], set()
+    while waiting:
+        current = waiting.pop()
+        node = None if current is None else current.producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.domain != "":
+            continue
+        if node.op_type in _PRODUCTS:
+            yield node
+        elif node.op_type in through:
+            waiting += node.inputs
+
+
+def _columns(product: ir.Node) -> int | None:
+    """How many numbers a product gives for each token; None if the model does not say."""
+    weights = product.inputs[1]
+    if weights is None or weights.shape is None or len(weights.shape) != 2:
+        return None
+    transposed = "transB" in product.attributes and product.attributes["transB"].as_int()
+    columns = weights.shape[0 if transposed else 1]
+    return columns if isinstance(columns, int) else None
