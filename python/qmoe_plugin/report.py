@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable
@@ -59,7 +60,7 @@ class NodeReport:
         return ", ".join(parts)
 
 
-class Report:
+class Report(abc.ABC):
     """What the reports of passes have in common."""
 
     kept: tuple[NodeReport, ...]
@@ -79,17 +80,17 @@ class Report:
         for text in _grouped(self.kept, lambda node: node.reason):
             logger.warning("left alone: %s", text)
 
+    @abc.abstractmethod
     def headline(self) -> str:
         """One line that sums it up."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def changed(self) -> tuple[NodeReport, ...]:
         """The nodes that were changed."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def detail(self, node: NodeReport) -> str:
         """What happened to one of them."""
-        raise NotImplementedError
 
     def _doubtful(self) -> list[NodeReport]:
         return [node for node in self.changed() if node.warning]

@@ -205,13 +205,7 @@ class QMoECase:
         rng = np.random.default_rng([self.seed, self.hidden, self.inter, self.experts])
         dtype = numpy_dtype(self.dtype)
         router_dtype = numpy_dtype(self.router_dtype or self.dtype)
-        gated_in_one = self.activation in GATED and not self.fc3
-        shapes = {
-            "fc1": (self.experts, self.inter * (2 if gated_in_one else 1), self.hidden),
-            "fc2": (self.experts, self.hidden, self.inter),
-        }
-        if self.fc3:
-            shapes["fc3"] = shapes["fc1"]
+        shapes = projection_shapes(self)
         tensors: Tensors = {"input": rng.standard_normal((self.tokens, self.hidden)).astype(dtype)}
         logits = router_logits(rng, self.router, self.tokens, self.experts, self.k)
         tensors["router_probs"] = logits.astype(router_dtype)
@@ -248,12 +242,7 @@ class QMoECase:
         if self.router_weights:
             weights = rng.uniform(0.05, 1.0, (self.tokens, self.experts))
             tensors["router_weights"] = weights.astype(router_dtype)
-        if self.rank == 3:
-            tensors["input"] = split_tokens(tensors["input"])
-        if self.router_rank == 3:
-            for name in tensors.keys() & {"router_probs", "router_weights"}:
-                tensors[name] = split_tokens(tensors[name])
-        return tensors
+        return in_ranks(self, tensors)
 
     def model(self, tensors: Tensors, domain: str = DOMAIN) -> onnx.ModelProto:
         return one_node_model("QMoE", self.stored(tensors), self.attributes(), domain=domain)
@@ -270,6 +259,28 @@ class QMoECase:
     def expected(self, tensors: Tensors) -> np.ndarray:
         """What the oracle says, float64."""
         return qmoe_oracle(tensors, self.attributes())
+
+
+def projection_shapes(case: Any) -> dict[str, tuple[int, int, int]]:
+    """[E, N, K] of fc1, fc2 and perhaps fc3, of a case of QMoE or MoE."""
+    gated_in_one = case.activation in GATED and not case.fc3
+    shapes = {
+        "fc1": (case.experts, case.inter * (2 if gated_in_one else 1), case.hidden),
+        "fc2": (case.experts, case.hidden, case.inter),
+    }
+    if case.fc3:
+        shapes["fc3"] = shapes["fc1"]
+    return shapes
+
+
+def in_ranks(case: Any, tensors: Tensors) -> Tensors:
+    """The tensors with input and router inputs in the ranks of a case of QMoE or MoE."""
+    if case.rank == 3:
+        tensors["input"] = split_tokens(tensors["input"])
+    if case.router_rank == 3:
+        for name in tensors.keys() & {"router_probs", "router_weights"}:
+            tensors[name] = split_tokens(tensors[name])
+    return tensors
 
 
 def split_tokens(array: np.ndarray) -> np.ndarray:

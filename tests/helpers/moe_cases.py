@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 
-from helpers.cases import GATED, describe, router_logits, split_tokens
+from helpers.cases import GATED, describe, in_ranks, projection_shapes, router_logits
 from helpers.dtypes import numpy_dtype
 from helpers.models import DOMAIN, one_node_model
 from helpers.weights import Tensors
@@ -83,13 +83,7 @@ class MoECase:
         """All inputs of the node by name, activations and weights."""
         rng = np.random.default_rng([self.seed, self.hidden, self.inter, self.experts])
         dtype, weight_dtype = numpy_dtype(self.dtype), numpy_dtype(self.format)
-        gated_in_one = self.activation in GATED and not self.fc3
-        shapes = {
-            "fc1": (self.experts, self.inter * (2 if gated_in_one else 1), self.hidden),
-            "fc2": (self.experts, self.hidden, self.inter),
-        }
-        if self.fc3:
-            shapes["fc3"] = shapes["fc1"]
+        shapes = projection_shapes(self)
         tensors: Tensors = {"input": rng.standard_normal((self.tokens, self.hidden)).astype(dtype)}
         logits = router_logits(rng, self.router, self.tokens, self.experts, self.k)
         tensors["router_probs"] = logits.astype(numpy_dtype(self.router_dtype or self.dtype))
@@ -99,11 +93,7 @@ class MoECase:
             if self.bias:
                 bias = 0.5 * rng.standard_normal(shape[:2])
                 tensors[f"{name}_experts_bias"] = bias.astype(dtype)
-        if self.rank == 3:
-            tensors["input"] = split_tokens(tensors["input"])
-        if self.router_rank == 3:
-            tensors["router_probs"] = split_tokens(tensors["router_probs"])
-        return tensors
+        return in_ranks(self, tensors)
 
     def model(self, tensors: Tensors, domain: str = DOMAIN) -> onnx.ModelProto:
         return one_node_model("MoE", tensors, self.attributes(), domain=domain)

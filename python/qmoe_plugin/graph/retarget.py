@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 from typing import overload
@@ -97,13 +98,13 @@ class ChangeDomain(ir.passes.InPlacePass):
         super().__init__()
         self.report = RetargetReport(self.destination, "")
 
+    @abc.abstractmethod
     def check(self, node: ir.Node) -> str:
         """Why a node stays where it is; "" if it can be moved."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def move(self, node: ir.Node) -> tuple[tuple[KernelChoice, ...], str]:
         """Changes a node that passed `check`; returns what will run it, and a warning."""
-        raise NotImplementedError
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Changes the model, and sets `report`."""
