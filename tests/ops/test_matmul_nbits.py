@@ -48,6 +48,14 @@ def test_rows(format_name: str, dtype: str, m: int, device: str) -> None:
     verify(Case(format_name, dtype=dtype, m=m, n=72, k=160), device)
 
 
+@pytest.mark.parametrize("m", [33, 65, 96, 97, 128, 129, 2050])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_row_tiles(format_name: str, dtype: str, m: int, device: str) -> None:
+    """Around the sizes of a tile; with the most rows a GPU has more tiles than multiprocessors."""
+    verify(Case(format_name, dtype=dtype, m=m, n=1100, k=160), device)
+
+
 SHAPES = [(1, 1), (1, 16), (2, 3), (7, 33), (17, 93), (31, 129), (33, 1000), (65, 255), (130, 300)]
 
 
