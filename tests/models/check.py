@@ -47,30 +47,38 @@ def node_counts(path: Path) -> Counter[tuple[str, str]]:
     return Counter((node.domain, node.op_type) for node in graph.node if node.op_type in OPS)
 
 
-def open_session(model: Path, device: str, scratch: Path) -> ort.InferenceSession:
-    """A session in which every node of our ops of the file runs in our domain.
+def open_session(
+    model: Path, device: str, scratch: Path, *, override: bool = False
+) -> ort.InferenceSession:
+    """A session in which every node of our ops of the file is run by our library.
 
-    Asserted on the graph that the session really runs, which ONNX Runtime writes to `scratch`.
+    Asserted on the graph that the session really runs, which ONNX Runtime writes to `scratch`: they
+    are in our domain or, with `override`, as they were exported.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 2
     options.optimized_model_filepath = str(scratch / "optimized.onnx")
-    session = qmoe_plugin.session(model / "model.onnx", PROVIDERS[device], options)
+    session = qmoe_plugin.session(
+        model / "model.onnx", PROVIDERS[device], options, override=override
+    )
     exported = node_counts(model / "model.onnx")
     assert exported["com.microsoft", "QMoE"] + exported["com.microsoft", "MoE"] > 0
     running = node_counts(scratch / "optimized.onnx")
-    wanted = {(qmoe_plugin.DOMAIN, op): count for (_, op), count in exported.items()}
+    domain = "com.microsoft" if override else qmoe_plugin.DOMAIN
+    wanted = {(domain, op): count for (_, op), count in exported.items()}
     assert running == wanted, f"runs {dict(running)}; the log says why nodes were left alone"
     if device == "cuda":
         assert session.get_providers()[0] == "CUDAExecutionProvider"
     return session
 
 
-def check_logits(export: Export, exports: Exports, device: str, scratch: Path) -> None:
+def check_logits(
+    export: Export, exports: Exports, device: str, scratch: Path, *, override: bool = False
+) -> None:
     """Prompt and decode steps with the key-value cache, fed PyTorch's greedy tokens."""
     expected = exports.expected(export)
-    decoder = Decoder(open_session(exports.model(export), device, scratch))
+    decoder = Decoder(open_session(exports.model(export), device, scratch, override=override))
     steps = [decoder.step(expected.prompt)]
     steps += [decoder.step([token]) for token in expected.tokens[:-1]]
     logits = np.concatenate(steps)
