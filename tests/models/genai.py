@@ -16,8 +16,9 @@ import pytest
 from numpy.typing import NDArray
 
 import qmoe_plugin
-from models.check import OPS, tolerance
+from models.check import check_errors
 from models.export import Expected, Export
+from models.widen import OPS
 from qmoe_plugin.devices import best_target
 
 _CHILD = Path(__file__).with_name("genai_child.py")
@@ -115,11 +116,10 @@ def check(generated: Generated, export: Export, expected: Expected) -> None:
     From a token on that differs there is nothing to compare.
     """
     assert len(generated.tokens) == len(expected.tokens)
+    chosen = np.take_along_axis(generated.logits, np.array(generated.tokens)[:, None], axis=-1)
+    assert np.array_equal(chosen[:, 0], generated.logits.max(-1))
+    same = np.array(generated.tokens) == expected.tokens
+    steps = len(same) if same.all() else int(same.argmin()) + 1
     wanted = expected.logits[len(expected.prompt) - 1 :]
-    for step, (token, logits) in enumerate(zip(generated.tokens, generated.logits, strict=True)):
-        error = np.abs(logits - wanted[step]).max()
-        assert error <= tolerance(export), f"{export.id}: step {step}: {error:.2e} from PyTorch's"
-        assert token == logits.argmax()
-        if token != expected.tokens[step]:
-            assert tolerance(export) > 1e-3, f"{export.id}: token {step} is not PyTorch's"
-            return
+    check_errors(export, np.abs(generated.logits - wanted)[:steps].max(-1), "in genai")
+    assert same.all() or export.activations != "float32" or export.name == "int4_default"
