@@ -54,7 +54,9 @@ typedef struct qmoe_plugin_gemm_problem {
   const char* format;     /* "int4" */
   const char* dtype;      /* "float32", "float16" or "bfloat16" */
   const char* activation; /* "identity", "relu", "gelu", "silu", "swiglu", "geglu" */
-  int64_t experts, rows, n, k, block_size;
+  int64_t experts, rows;  /* of x over all experts: M, or tokens * topk */
+  int64_t topk;           /* rows of a token, each of another expert; 1 for "dense" */
+  int64_t n, k, block_size;
   int zero_points, accuracy_level;
 } qmoe_plugin_gemm_problem;
 
