@@ -189,6 +189,13 @@ MATMUL_CASES = st.builds(
     g_idx=st.sampled_from(["none", "shuffled"]),
     bias=st.booleans(),
     flat=st.booleans(),
+) | st.builds(
+    MatMulNBitsCase,
+    format=st.just("fp8_e4m3"),
+    block_size=st.just(0),
+    n=st.sampled_from([48, 64]),
+    k=st.sampled_from([96, 128]),
+    bias=st.booleans(),
 )
 
 
