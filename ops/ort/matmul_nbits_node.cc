@@ -180,10 +180,7 @@ MatMulNBitsNode InterpretMatMulNBits(const MatMulNBitsAttributes& a,
   CheckBlockSize(choice, block_size);
   QMOE_REQUIRE(a.accuracy_level >= 0 && a.accuracy_level <= 4, "accuracy_level is ",
                a.accuracy_level, "; allowed are 0 to 4");
-  const bool packed = a.weights_layout == kPackedLayout;
-  QMOE_REQUIRE(packed || a.weights_layout.empty(), "weights_layout is \"", a.weights_layout,
-               "\"; allowed is \"packed\", for weights packed before. Other layouts are named by "
-               "weight_prepacked");
+  const bool packed = IsPacked(a.weights_layout, "Other layouts are named by weight_prepacked");
   MatMulNBitsNode node;
   node.config.dtype = dtype;
   node.config.n = n;

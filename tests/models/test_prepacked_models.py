@@ -15,9 +15,6 @@ from models.test_genai_models import RUNS
 
 pytestmark = pytest.mark.models
 
-# prepack takes quantised weights only, not those of op MoE.
-PACKABLE = [item for item in export.EXPORTS if item.name not in ("float32", "float16", "bfloat16")]
-
 
 def prepack(model: Path, output: Path, sm: int) -> None:
     """Writes the packed model; nothing may be left unpacked."""
@@ -26,7 +23,7 @@ def prepack(model: Path, output: Path, sm: int) -> None:
     assert not report.kept, str(report)
 
 
-@pytest.mark.parametrize("item", PACKABLE, ids=lambda item: item.id)
+@pytest.mark.parametrize("item", export.EXPORTS, ids=lambda item: item.id)
 def test_logits(item: export.Export, exports: export.Exports, device: str, tmp_path: Path) -> None:
     model = check.model_path(item, exports, device, tmp_path)
     packed = tmp_path / "packed" / "model.onnx"
@@ -39,11 +36,7 @@ def test_logits(item: export.Export, exports: export.Exports, device: str, tmp_p
         np.testing.assert_array_equal(first.step(tokens), second.step(tokens))
 
 
-@pytest.mark.parametrize(
-    ("item", "device"),
-    [run for run in RUNS if run.values[0] in PACKABLE],
-    indirect=["device"],
-)
+@pytest.mark.parametrize(("item", "device"), RUNS, indirect=["device"])
 def test_genai_generates_the_same_tokens(
     item: export.Export, exports: export.Exports, device: str, tmp_path: Path
 ) -> None:

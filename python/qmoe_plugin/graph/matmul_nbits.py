@@ -20,7 +20,6 @@ from qmoe_plugin.graph.inputs import (
     known_attributes,
     known_inputs,
     required,
-    string,
 )
 from qmoe_plugin.graph.layouts import NAMES, refuse_layout
 from qmoe_plugin.graph.packed import (
@@ -28,6 +27,7 @@ from qmoe_plugin.graph.packed import (
     is_packed,
     read_packed,
     refuse_other_inputs,
+    refuse_other_layouts,
     refuse_stock_layout,
 )
 from qmoe_plugin.graph.projections import check_code_type, check_zero_points
@@ -73,10 +73,7 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
         )
     if is_packed(node):
         return _describe_packed(node, fmt, n, k, block_size)
-    if string(node, LAYOUT_ATTRIBUTE, ""):
-        raise UnsupportedError(
-            f"{LAYOUT_ATTRIBUTE} is '{string(node, LAYOUT_ATTRIBUTE, '')}'; only packed is allowed"
-        )
+    refuse_other_layouts(node)
     _check_layout(integer(node, "weight_prepacked", 0), n, k, fmt.bits, block_size)
     groups = fmt.groups(k, block_size)
     codes = required(node, 1, "B")
