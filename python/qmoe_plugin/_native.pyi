@@ -33,6 +33,7 @@ def explain(
     activation: str,
     experts: int,
     rows: int,
+    topk: int,
     n: int,
     k: int,
     block_size: int,

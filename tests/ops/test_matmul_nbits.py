@@ -99,6 +99,16 @@ def test_g_idx(format_name: str, dtype: str, g_idx: str, device: str) -> None:
         verify(Case(format_name, 16, dtype, g_idx=g_idx, k=k, zero_points=zero_points), device)
 
 
+@pytest.mark.parametrize("m", [1, 2, 9, 40, 130])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_one_scale_for_all_weights(dtype: str, m: int, device: str) -> None:
+    """block_size 0 of a format with square blocks: there is a global scale and no other."""
+    for n, k, bias in ((48, 96, True), (7, 33, False), (300, 1000, True)):
+        case = Case("fp8_e4m3", 0, dtype, m=m, n=n, k=k, bias=bias)
+        assert "scales" not in case.tensors()
+        verify(case, device)
+
+
 OPTIONS = [
     Case(bias=False),
     Case(bias=False, m=130, n=130, k=256),

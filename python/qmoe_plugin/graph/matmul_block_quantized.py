@@ -15,10 +15,19 @@ from qmoe_plugin.graph.inputs import (
     Constant,
     activation_dtype,
     constant,
+    given,
+    has,
     integer,
     known_attributes,
     known_inputs,
     required,
+)
+from qmoe_plugin.graph.packed import (
+    LAYOUT_ATTRIBUTE,
+    is_packed,
+    read_packed,
+    refuse_other_inputs,
+    refuse_other_layouts,
 )
 from qmoe_plugin.graph.projections import float_shapes
 from qmoe_plugin.graph.scales import check_block_size
@@ -32,6 +41,9 @@ FP8_STOCK_INPUTS = ("A", "B", "b_scale", "a_scale", "bias")
 
 FP4_STOCK_INPUTS = ("A", "B", "weight_scale", "weight_scale_2", "input_scale", "bias")
 """The inputs of MatMulBlockQuantizedFp4Weight there."""
+
+_SIZES = ("N", "K")
+"""Attributes of ours, of packed weights."""
 
 _BYTES = (ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN)
 
@@ -54,7 +66,8 @@ def describe_fp4_weight(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our op cannot run it.
     """
-    _check_scalar(required(node, 3, "weight_scale_2"))
+    if not is_packed(node):
+        _check_scalar(required(node, 3, "weight_scale_2"))
     input_scale = constant(node, 4, "input_scale")  # of no effect
     if input_scale is not None:
         _check_scalar(input_scale)
@@ -81,11 +94,16 @@ def _describe(
         weights: Types that B may have.
         scales: Types that its scales may have.
     """
-    known_attributes(node, STOCK_ATTRIBUTES)
+    known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE, *_SIZES))
     known_inputs(node, len(inputs))
     block_size = integer(node, "block_size", block_size)
     check_block_size(block_size)
     fmt = formats.get(format_name)
+    refuse_other_layouts(node)
+    if is_packed(node):
+        return _describe_packed(node, fmt, block_size, inputs)
+    if any(has(node, name) for name in _SIZES):
+        raise UnsupportedError("attributes N and K are for packed weights; leave them out")
     b, scale = required(node, 1, "B"), required(node, 2, inputs[2])
     bias = constant(node, len(inputs) - 1, "bias")
     if b.dtype not in weights or len(b.shape) != 2 or 0 in b.shape:
@@ -107,6 +125,29 @@ def _describe(
         block_size=block_size,
     )
     return Description((gemm,))
+
+
+def _describe_packed(
+    node: ir.Node, fmt: formats.Format, block_size: int, inputs: tuple[str, ...]
+) -> Description:
+    """Describes a node that `qmoe_plugin.prepack` packed."""
+    beside = {inputs.index(name) for name in ("A", "B", "a_scale", "input_scale") if name in inputs}
+    refuse_other_inputs(node, beside)
+    if not all(has(node, name) for name in _SIZES):
+        raise UnsupportedError("packed weights need attributes N and K beside them")
+    n, k = (integer(node, name, 0) for name in _SIZES)
+    weights = read_packed(node, 1, "B", fmt, block_size)
+    scaled = "a_scale" in inputs and given(node, inputs.index("a_scale"))
+    weights.check_matrix(1, n, k, gated=False, scaled=scaled)
+    gemm = Problem(
+        stage="dense",
+        format=fmt.name,
+        n=n,
+        k=k,
+        dtype=activation_dtype(node),
+        block_size=block_size,
+    )
+    return Description((gemm,), packed=(weights,))
 
 
 def _check_scalar(scale: Constant) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from qmoe_plugin.graph.describe import Description, UnsupportedError
@@ -15,6 +18,13 @@ from qmoe_plugin.graph.inputs import (
     known_attributes,
     known_inputs,
     required,
+)
+from qmoe_plugin.graph.packed import (
+    LAYOUT_ATTRIBUTE,
+    is_packed,
+    read_packed,
+    refuse_other_inputs,
+    refuse_other_layouts,
 )
 from qmoe_plugin.graph.qmoe import GATED, fc1_activation, routed_experts
 from qmoe_plugin.kernels import Problem
@@ -46,6 +56,7 @@ STOCK_INPUTS = (
 """Its inputs there."""
 
 _FC1, _FC2, _FC3 = 2, 4, 6  # input numbers of weights; the bias comes next
+_BESIDE_PACKED = (0, 1, _FC1, _FC2)
 
 
 def describe_moe(node: ir.Node) -> Description:
@@ -54,12 +65,15 @@ def describe_moe(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our op cannot run it.
     """
-    known_attributes(node, STOCK_ATTRIBUTES)
+    known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE))
     known_inputs(node, len(STOCK_INPUTS))
     has_fc3 = given(node, _FC3)
     if not has_fc3 and given(node, _FC3 + 1):
         raise UnsupportedError("fc3 has a bias, but no weights")
     activation = fc1_activation(node, has_fc3)
+    refuse_other_layouts(node)
+    if is_packed(node):
+        return _describe_packed(node, activation)
     fc1 = _weights(node, _FC1, "fc1")
     experts, fc1_rows, hidden_size = fc1.shape
     gated_in_one = activation in GATED and not has_fc3
@@ -73,32 +87,37 @@ def describe_moe(node: ir.Node) -> Description:
     if has_fc3:
         biases.append(_bias(node, _FC3 + 1, fc1))
 
-    topk = routed_experts(node, experts)
-    dtype = activation_dtype(node, *biases, fc1)
+    problem = _problem(node, experts, activation_dtype(node, *biases, fc1))
     rows = 2 * fc1_rows if has_fc3 else fc1_rows
+    fc1_format, fc2_format = float_name(fc1.dtype), float_name(fc2.dtype)
     return Description(
         (
-            Problem(
-                stage="fc1",
-                format=float_name(fc1.dtype),
-                n=rows,
-                k=hidden_size,
-                activation=activation,
-                rows=topk,
-                dtype=dtype,
-                experts=experts,
-            ),
-            Problem(
-                stage="fc2",
-                format=float_name(fc2.dtype),
-                n=hidden_size,
-                k=inter_size,
-                rows=topk,
-                dtype=dtype,
-                experts=experts,
-            ),
+            problem(stage="fc1", format=fc1_format, n=rows, k=hidden_size, activation=activation),
+            problem(stage="fc2", format=fc2_format, n=hidden_size, k=inter_size),
         )
     )
+
+
+def _describe_packed(node: ir.Node, activation: str) -> Description:
+    """Describes a node that `qmoe_plugin.prepack` packed."""
+    refuse_other_inputs(node, _BESIDE_PACKED)
+    fc1 = read_packed(node, _FC1, "fc1", None, 0)
+    fc2 = read_packed(node, _FC2, "fc2", None, 0)
+    gated = activation in GATED
+    fc1.check_matrix(fc1.experts, fc2.k * (2 if gated else 1), fc1.k, gated=gated, scaled=False)
+    fc2.check_matrix(fc1.experts, fc1.k, fc2.k, gated=False, scaled=False)
+    problem = _problem(node, fc1.experts, activation_dtype(node))
+    gemms = (
+        problem(stage="fc1", format=fc1.format, n=fc1.rows, k=fc1.k, activation=activation),
+        problem(stage="fc2", format=fc2.format, n=fc2.rows, k=fc2.k),
+    )
+    return Description(gemms, packed=(fc1, fc2))
+
+
+def _problem(node: ir.Node, experts: int, dtype: str) -> Callable[..., Problem]:
+    """Makes a problem of stage, format and sizes."""
+    topk = routed_experts(node, experts)
+    return functools.partial(Problem, rows=topk, topk=topk, dtype=dtype, experts=experts)
 
 
 def _weights(

@@ -177,9 +177,11 @@ def _describe_packed(node: ir.Node, plans: dict[str, ScalePlan], activation: str
 
 def _problem(node: ir.Node, experts: int, dtype: str) -> Callable[..., Problem]:
     """Makes a problem of what its matrix is and of what all matrices of the node share."""
+    topk = routed_experts(node, experts)
     return functools.partial(
         Problem,
-        rows=routed_experts(node, experts),
+        rows=topk,
+        topk=topk,
         dtype=dtype,
         experts=experts,
         accuracy_level=accuracy_level(node),

@@ -150,7 +150,7 @@ def plan_product(node: ir.Node, spec: Spec) -> Plan:
     block_size = spec.block_size
     if block_size is None:
         block_size = _SQUARE_BLOCK if spec.format.square_blocks else _BLOCK
-    if block_size == 0:
+    if block_size == 0 and not spec.format.square_blocks:
         raise UnsupportedError(f"{spec}: MatMulNBits has no scales of rows; say a block size")
     name = product_weight_name(node)
     weight = Weight(

@@ -64,7 +64,7 @@ class Weight:
         """Shape of the bytes of a row of codes."""
         k, bits = self.shape[2], self.format.bits
         if self.whole_blocks:
-            return (self.format.groups(k, self.block_size), self.block_size * bits // 8)
+            return (self.format.groups(k, self.block_size), (self.block_size or k) * bits // 8)
         return (-(-k * bits // 8),)
 
     def __str__(self) -> str:

@@ -110,8 +110,9 @@ def check_scale_type(fmt: formats.Format, scales: Constant) -> None:
     if fmt.scale_type == "float8e8m0" and scales.dtype in FLOATS:
         raise UnsupportedError(
             f"the weights are {fmt.name}, but {scales} is not float8e8m0. The model builder of "
-            "onnxruntime-genai 0.18 writes such nodes for Qwen3.5-MoE with moe_quant_type=mxfp4: "
-            "they hold prepacked int4 weights. Export the model again with moe_quant_type=int4"
+            "onnxruntime-genai 0.18 writes such nodes with moe_quant_type=mxfp4 for every model "
+            "but gpt-oss: they hold prepacked int4 weights. Export the model again with "
+            "moe_quant_type=int4"
         )
     if scales.dtype not in allowed:
         names = ", ".join(dtype.name.lower() for dtype in allowed)
