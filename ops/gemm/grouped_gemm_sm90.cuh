@@ -277,7 +277,8 @@ struct Gemm {
   static constexpr int kMinSm = 90, kMaxSm = 90;
   static constexpr int kPriority = 30;
   static constexpr bool kTakesFormat = F::kBits <= 16;  // wider weights are for float32
-  static constexpr char kLimits[] = "from 9 rows an expert on; k a multiple of 8";
+  static constexpr char kLimits[] =
+      "from 9 rows an expert on; without experts 60 blocks of 128 x 128; k a multiple of 8";
   static std::vector<DType> DTypes() { return {DType::kFloat16, DType::kBFloat16}; }
 
   static int64_t RowsPerExpert(const GemmProblem& p) {
@@ -289,6 +290,10 @@ struct Gemm {
     if (p.k % 8 != 0) return Concat("k is ", p.k, "; it takes multiples of 8");
     if (const int64_t rows = RowsPerExpert(p); rows < kMinRows)
       return Concat(rows, " rows an expert; it is for ", kMinRows, " and more");
+    const int64_t blocks = (p.n + 127) / 128 * ((p.rows + 127) / 128);
+    if (p.experts == 1 && blocks < kFewestBlocks)
+      return Concat(blocks, " blocks of 128 x 128; with fewer than ", kFewestBlocks,
+                    " most of the GPU would be idle, and other kernels slice k");
     if (p.experts * ((p.n + kTileRows - 1) / kTileRows) > INT32_MAX)
       return "more rows of weights than a tensor copy can count";
     return RefuseBlockSize(p);

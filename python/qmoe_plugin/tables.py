@@ -62,7 +62,9 @@ def support_page(kernels: Sequence[Kernel], formats: Iterable[Format]) -> str:
 def _cells(kernel: Kernel) -> tuple[str, ...]:
     where: str = kernel.device
     if kernel.device == "CUDA":
-        where = f"sm_{kernel.min_sm} to sm_{kernel.max_sm}"
+        where = f"sm_{kernel.min_sm}"
+        if kernel.max_sm != kernel.min_sm:
+            where += f" to sm_{kernel.max_sm}"
     dtypes = ", ".join(kernel.dtypes)
     return (kernel.name, kernel.format, where, dtypes, str(kernel.priority), kernel.limits)
 
