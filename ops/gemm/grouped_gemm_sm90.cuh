@@ -19,6 +19,9 @@
 
 namespace qmoe_plugin::grouped_gemm_sm90 {
 
+inline constexpr int kMinRows = 9;        // an expert; fewer are gemv_sm80's
+inline constexpr int kFewestBlocks = 60;  // without experts
+
 /// What a lane needs of one row tile to make operand A of kSteps k16 steps, on its way from shared memory.
 template <class F, bool kOffsets>
 struct StepCodes {

@@ -11,7 +11,6 @@ namespace qmoe_plugin::grouped_gemm_sm90 {
 inline constexpr int kConsumers = 2;  // warpgroups that multiply
 inline constexpr int kGroup = 128;    // threads of a warpgroup
 inline constexpr int kThreads = kGroup * (1 + kConsumers);
-inline constexpr int kMinRows = 9;              // an expert; fewer are gemv_sm80's
 inline constexpr int kSteps = 2;                // k16 steps that are decoded at once
 inline constexpr int kMaxBlocks = kTileK / 16;  // quantization blocks in a k tile, at most
 inline constexpr int kTileScaleBytes = kMaxBlocks * kTileRows * 2;  // at most
