@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from pathlib import Path
 
 import onnx
 import pytest
+from helpers.command import run
 
 import qmoe_plugin
 from models import check, export
 from models.runner import Decoder
+from qmoe_plugin.install import install
 from qmoe_plugin.override import CONFIG_KEY
 from qmoe_plugin.report import RetargetReport
 
@@ -67,6 +70,26 @@ def test_genai_runs_the_unmodified_model_with_our_ops(
     assert tokens == Decoder(session).generate(expected.prompt, len(expected.tokens))[0]
 
 
+@pytest.mark.parametrize("name", ["gpt_oss-int4", "lfm2_moe-int8", "qwen35_moe-int4_fp16"])
+def test_install_and_undo(name: str, exports: export.Exports, tmp_path: Path) -> None:
+    """The real command; float16 models ask for CUDA, until --cpu says that there is none."""
+    item, folder = export.by_id(name), tmp_path / "genai"
+    exported, expected = exports.model(item), exports.expected(item)
+    shutil.copytree(exported, folder)
+    done = run("install", folder, "--cpu", "--strict")
+    assert done.returncode == 0, done.stderr
+    assert generate(folder, expected) == expected.tokens
+    done = run("install", folder, "--undo")
+    assert done.returncode == 0, done.stderr
+    difference = filecmp.dircmp(exported, folder)
+    assert not difference.left_only
+    assert not difference.right_only
+    for path in exported.iterdir():
+        assert filecmp.cmp(path, folder / path.name, shallow=False)
+    if item in EXACT:
+        assert generate(folder, expected) == expected.tokens  # with stock onnxruntime's ops
+
+
 def test_prepacked_and_raw_weights_may_mix(exports: export.Exports) -> None:
     """Small matrices cannot be prepacked: one file holds both layouts, told apart node by node."""
     item = next(item for item in GENAI if item.name == "prepacked_int4")
@@ -98,13 +121,12 @@ def retarget_foreign(name: str, exports: export.Exports) -> RetargetReport:
 
 
 def install_into(exported: Path, scratch: Path) -> Path:
-    """A copy of the model's folder, retargeted, with our library in it, for the CPU."""
+    """A copy of the model's folder that uses our library, on the CPU."""
     folder = scratch / "genai"
     shutil.copytree(exported, folder)
-    report = qmoe_plugin.retarget(folder / "model.onnx", folder / "model.onnx", sm=0)
-    assert report.moved
-    assert not report.kept
-    configure(folder, {})
+    report = install(folder, cpu=True)
+    assert report.changed
+    assert report.complete
     return folder
 
 
