@@ -109,6 +109,14 @@ def get(config: Json, at: Key, default: object = None) -> Json:
     return config
 
 
+def head_size(folder: Path) -> int | None:
+    """The head size of the decoder, which its states leave open; None where nothing says it."""
+    if not (folder / CONFIG).is_file():
+        return None
+    size = get(read_config(folder)[1], ("model", "decoder", "head_size"))
+    return size if isinstance(size, int) else None
+
+
 @dataclass(frozen=True)
 class Edit:
     """A value that was put into a configuration.

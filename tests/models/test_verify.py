@@ -1,0 +1,34 @@
+"""`verify` on models as exporters write them, with the inputs that it makes itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.command import run
+
+from models import export
+
+pytestmark = pytest.mark.models
+
+
+@pytest.mark.parametrize("name", ["gpt_oss-int4", "lfm2_moe-int4", "lfm2_moe-int4_fp16"])
+def test_stock_against_ours(name: str, exports: export.Exports) -> None:
+    model = exports.model(export.by_id(name)) / "model.onnx"
+    done = run("verify", model, "--cpu", "--json", "--tokens", 20, "--min-agreement", 1)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert not report["unmatched"]
+    lowest = 60 if name.endswith("fp16") else 110
+    assert all(node["own"]["sqnr"] > lowest for node in report["nodes"])
+
+
+@pytest.mark.parametrize("recipe", ["gpt_oss", "qwen35_moe"])
+def test_float_against_int4(recipe: str, exports: export.Exports) -> None:
+    """Of weights that int4 holds exactly, so that only the order of sums differs."""
+    models = (export.by_id(f"{recipe}-{name}") for name in ("float32", "int4"))
+    paths = [exports.model(model) / "model.onnx" for model in models]
+    done = run("verify", *paths, "--cpu", "--json", "--min-sqnr", 100, "--min-agreement", 1)
+    assert done.returncode == 0, done.stderr
+    ops = {node["ops"] for node in json.loads(done.stdout)["nodes"]}
+    assert ops == {"MatMul -> com.microsoft.MatMulNBits", "com.microsoft.MoE -> com.microsoft.QMoE"}
