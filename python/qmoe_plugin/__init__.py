@@ -17,6 +17,7 @@ from qmoe_plugin import formats
 from qmoe_plugin.graph.prepack import prepack
 from qmoe_plugin.graph.quantize import quantize
 from qmoe_plugin.graph.retarget import retarget, unretarget
+from qmoe_plugin.graph.schema import register_schemas as _register_schemas
 from qmoe_plugin.kernels import explain, kernels
 from qmoe_plugin.library import DOMAIN, get_library_path
 from qmoe_plugin.session import register, session
@@ -25,6 +26,8 @@ try:
     __version__ = _version("qmoe-plugin")
 except _PackageNotFoundError:  # a source tree on PYTHONPATH
     __version__ = "0+not.installed"
+
+_register_schemas()
 
 __all__ = [
     "DOMAIN",
