@@ -106,7 +106,11 @@ class VerifyReport:
 
 
 def verify(
-    first: PathLike, second: PathLike | None = None, *, inputs: Wanted | None = None, cpu: bool
+    first: PathLike,
+    second: PathLike | None = None,
+    *,
+    inputs: Wanted | None = None,
+    cpu: bool = False,
 ) -> VerifyReport:
     """Runs two models on the same inputs and compares what their nodes and they themselves give.
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import onnx
@@ -118,8 +119,7 @@ def test_interrupted_is_undone_or_done_again(folder, written, monkeypatch):
             raise KeyboardInterrupt
         write(_content, path, data)
 
-    from qmoe_plugin import install as module
-
+    module = sys.modules["qmoe_plugin.install"]  # the package has a function of that name
     write = module.write
     monkeypatch.setattr(module, "write", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -307,7 +307,8 @@ def test_wrong_use(folder, change, flags, says):
 def test_cuda_without_a_gpu(folder, monkeypatch):
     decoder = {"filename": "model.onnx", "session_options": {"provider_options": CUDA}}
     configure(folder, decoder=decoder)
-    monkeypatch.setattr("qmoe_plugin.install.cuda_problem", lambda: "there is no CUDA device")
+    module = sys.modules["qmoe_plugin.install"]
+    monkeypatch.setattr(module, "cuda_problem", lambda: "there is no CUDA device")
     with pytest.raises(ValueError, match="asks for CUDA, and here there is no CUDA device; say"):
         install(folder)
 

@@ -1,4 +1,4 @@
-"""`verify` on models as exporters write them, with the inputs that it makes itself."""
+"""`verify` and `inspect` on models as exporters write them; verify makes its inputs itself."""
 
 from __future__ import annotations
 
@@ -32,3 +32,15 @@ def test_float_against_int4(recipe: str, exports: export.Exports) -> None:
     assert done.returncode == 0, done.stderr
     ops = {node["ops"] for node in json.loads(done.stdout)["nodes"]}
     assert ops == {"MatMul -> com.microsoft.MatMulNBits", "com.microsoft.MoE -> com.microsoft.QMoE"}
+
+
+@pytest.mark.parametrize("name", ["gpt_oss-int4", "qwen35_moe-prepacked_int8", "gemma4-int4_fp16"])
+def test_inspect(name: str, exports: export.Exports) -> None:
+    """Every expert of an exported model is quantised and run."""
+    model = exports.model(export.by_id(name)) / "model.onnx"
+    done = run("inspect", model, "--sm", 0, "--strict", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["experts"]["total"] > 0
+    files = model.stat().st_size + model.with_name("model.onnx.data").stat().st_size
+    assert 0.5 * files < sum(found["bytes_by_format"].values()) < files
