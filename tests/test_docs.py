@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,16 +59,24 @@ def test_messages_exist(heading: str) -> None:
         assert not part or any(part in text for text in known), part
 
 
-def test_site_builds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", [False, True])
+def test_site_builds(tmp_path: Path, broken: bool) -> None:
     """With warnings as errors: a link that leads nowhere, a page that is in no menu."""
     if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
         pytest.skip("mkdocs-material is not installed (pip install '.[docs]')")
+    for name in ("docs", "mkdocs.yml"):
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / name)
+    if broken:
+        with (tmp_path / "docs" / "index.md").open("a") as page:
+            page.write("[a link](nowhere.md)")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
-        cwd=ROOT,
+        [sys.executable, "-m", "mkdocs", "build", "--strict"],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "command-line" / "index.html").is_file()
+    assert (done.returncode != 0) == broken, done.stderr
+    assert broken == ("nowhere.md" in done.stderr)
