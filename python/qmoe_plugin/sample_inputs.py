@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qmoe_plugin import genai
 from qmoe_plugin.ort_values import Array
 
 _STATES = ("past",)
@@ -67,6 +69,13 @@ def sample_inputs(model: ir.Model, wanted: Wanted) -> dict[str, Array]:
             shape = tuple(_size(value, axis, dims, wanted.tokens) for axis in range(_rank(value)))
             made[name] = _make(model, value, shape, rng)
     return made
+
+
+def known_dims(inputs: Wanted, model: Path) -> Wanted:
+    """What is wanted, with what a configuration of onnxruntime-genai beside the model says."""
+    size = genai.head_size(model.parent)
+    dims = {} if size is None else {"kv_cache_dim": size}
+    return Wanted(inputs.given, {**dims, **inputs.dims}, inputs.tokens, inputs.seed)
 
 
 def _graph_inputs(model: ir.Model) -> list[ir.Value]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 
+from qmoe_plugin.devices import CPU, CPU_PROVIDER, CUDA_PROVIDER, Target
 from qmoe_plugin.graph.apply import apply, load, serialize
 from qmoe_plugin.graph.retarget import Retarget
 from qmoe_plugin.library import runtime
@@ -139,15 +141,29 @@ def _input_names(node: ir.Node) -> list[str]:
 def _run(
     source: Source, proto: onnx.ModelProto, providers: Providers, feeds: Mapping[str, Array]
 ) -> dict[str, Array]:
-    try:
+    with ort_errors(source.name):
         session = open_as_is(proto, source.folder, providers)
-        outputs = session.run_with_ort_values(None, _values(session, feeds))
-    except Exception as error:  # onnxruntime's errors have no base of their own
-        if type(error).__module__.startswith("onnxruntime"):
-            raise RuntimeError(f"{source.name} does not run: {str(error).strip()}") from error
-        raise
+        outputs = session.run_with_ort_values(None, values_for(session, feeds))
     names = [output.name for output in session.get_outputs()]
     return {name: to_array(value) for name, value in zip(names, outputs, strict=True)}
+
+
+@contextlib.contextmanager
+def ort_errors(name: str) -> Iterator[None]:
+    """Turns the errors of onnxruntime, which have no base of their own, into a RuntimeError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith("onnxruntime"):
+            raise RuntimeError(f"{name} does not run: {str(error).strip()}") from error
+        raise
+
+
+def default_providers(where: Target) -> Providers:
+    """Those of a session that runs there, with stock products as exact as their type says."""
+    if where == CPU:
+        return [CPU_PROVIDER]
+    return [(CUDA_PROVIDER, {"use_tf32": "0"}), CPU_PROVIDER]
 
 
 def open_as_is(
@@ -166,7 +182,7 @@ def open_as_is(
     )
 
 
-def _values(
+def values_for(
     session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]
 ) -> dict[str, onnxruntime.OrtValue]:
     """The inputs that a session wants, in its types."""

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qmoe_plugin import genai
-from qmoe_plugin.devices import CPU, CPU_PROVIDER, CUDA_PROVIDER, Target, best_target
+from qmoe_plugin.devices import CPU, Target, best_target
 from qmoe_plugin.errors import Error, compare
 from qmoe_plugin.graph.describe import STOCK_DOMAIN
 from qmoe_plugin.graph.retarget import Retarget
@@ -20,15 +19,20 @@ from qmoe_plugin.graph.walk import bodies, label
 from qmoe_plugin.library import DOMAIN, OPS
 from qmoe_plugin.ort_values import Array
 from qmoe_plugin.report import logger
-from qmoe_plugin.sample_inputs import Wanted, sample_inputs
-from qmoe_plugin.taps import Providers, Source, activation_names, run_nodes, run_with_taps
+from qmoe_plugin.sample_inputs import Wanted, known_dims, sample_inputs
+from qmoe_plugin.taps import (
+    Source,
+    activation_names,
+    default_providers,
+    run_nodes,
+    run_with_taps,
+)
 
 PathLike = str | os.PathLike[str]
 
 _LOGITS = "logits"
 _EXPERTS = ("MoE", "QMoE")
 _FLOAT_PRODUCTS = ("MatMul", "Gemm")
-_TF32_OFF = {"use_tf32": "0"}  # or stock float32 products would not be a reference
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def verify(
         ValueError: If inputs cannot be made, or the models have nothing in common.
     """
     target = CPU if cpu else best_target()
-    providers = _providers(target)
+    providers = default_providers(target)
     a = Source.read(Path(first))
     b = Source.read(Path(first if second is None else second), _retarget(second, target))
     graphs = a.graph(), b.graph()
@@ -172,19 +176,6 @@ def verify(
         outputs,
         tuple(label(node) for name, node in _ours(graphs[1]).items() if name not in pairs),
     )
-
-
-def known_dims(inputs: Wanted, model: Path) -> Wanted:
-    """What is wanted, with what a configuration of onnxruntime-genai beside the model says."""
-    size = genai.head_size(model.parent)
-    dims = {} if size is None else {"kv_cache_dim": size}
-    return Wanted(inputs.given, {**dims, **inputs.dims}, inputs.tokens, inputs.seed)
-
-
-def _providers(target: Target) -> Providers:
-    if target == CPU:
-        return [CPU_PROVIDER]
-    return [(CUDA_PROVIDER, _TF32_OFF), CPU_PROVIDER]
 
 
 def _retarget(second: PathLike | None, target: Target) -> Retarget | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qmoe_plugin.inspection import Inspection, NodeView, inspect
 from qmoe_plugin.tables import text_table
+from qmoe_plugin.units import format_bytes, percent
 
 if TYPE_CHECKING:
     from qmoe_plugin.commands import Commands
@@ -59,8 +60,8 @@ def _problem(found: Inspection) -> str:
         return "there are nodes that our kernels do not run"
     if min(experts.quantized, experts.ours) < experts.total:
         return (
-            f"of the experts' bytes {_percent(experts.quantized, experts.total)} are quantised, "
-            f"and {_percent(experts.ours, experts.total)} are run by our kernels"
+            f"of the experts' bytes {percent(experts.quantized, experts.total)} are quantised, "
+            f"and {percent(experts.ours, experts.total)} are run by our kernels"
         )
     return ""
 
@@ -85,7 +86,7 @@ def _text(found: Inspection, verbose: bool) -> str:
                 lines.append(f"{nodes[0].op_type} '{nodes[0].name}'{others}: {text}")
     total = sum(found.bytes_by_format.values())
     rows = [
-        (name, format_bytes(size), _percent(size, total))
+        (name, format_bytes(size), percent(size, total))
         for name, size in found.bytes_by_format.items()
     ]
     lines += ["", *text_table(("constants", "bytes", "share"), rows)]
@@ -93,8 +94,8 @@ def _text(found: Inspection, verbose: bool) -> str:
     if experts.total:
         lines.append(
             f"experts: {format_bytes(experts.total)}, "
-            f"{_percent(experts.quantized, experts.total)} quantised, "
-            f"{_percent(experts.ours, experts.total)} run by our kernels"
+            f"{percent(experts.quantized, experts.total)} quantised, "
+            f"{percent(experts.ours, experts.total)} run by our kernels"
         )
     return "\n".join(lines)
 
@@ -122,16 +123,3 @@ def _row(nodes: list[NodeView]) -> tuple[str, ...]:
         kernels or "none, see below",
         floor,
     )
-
-
-def format_bytes(size: float) -> str:
-    """As in "1.2 MB", a million bytes each."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} TB"
-
-
-def _percent(part: float, total: float) -> str:
-    return f"{part / total:.1%}" if total else "-"
