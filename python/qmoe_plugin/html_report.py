@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -70,15 +71,16 @@ def make_page(
     wanted = inputs or Wanted()
     sample_inputs(Source.read(model).graph(), known_dims(wanted, model))  # wrong ones fail it all
     pair = (model, None) if reference is None else (reference, model)
+    found = inspect(model, sm=0 if cpu else None, tokens=wanted.tokens)
     sections = (
-        _bytes_section(inspect(model, sm=0 if cpu else None, tokens=wanted.tokens)),
+        _bytes_section(found),
         _try(
             "Error of each layer",
             lambda: _error_body(verify(*pair, inputs=wanted, cpu=cpu)),
         ),
         _try(
             "Time of each kernel",
-            lambda: _time_body(bench(model, inputs=wanted, repeat=repeat, cpu=cpu)),
+            lambda: _time_body(bench(model, inputs=wanted, repeat=repeat, cpu=cpu), found),
         ),
         _try("Load of experts", lambda: _load_body(expert_load(model, wanted, cpu=cpu))),
     )
@@ -157,7 +159,7 @@ def _decibel_text(value: float | None) -> str:
     return "equal" if value == math.inf else f"{value:.1f} dB"
 
 
-def _time_body(report: BenchReport) -> str:
+def _time_body(report: BenchReport, found: Inspection) -> str:
     facts = [("run, our kernels", f"{report.ours.median_ms:.3f} ms")]
     if report.stock is not None:
         facts.append(("run, stock kernels", f"{report.stock.median_ms:.3f} ms"))
@@ -173,7 +175,24 @@ def _time_body(report: BenchReport) -> str:
         times = (node.ours_us, node.stock_us)[: len(series)]
         texts = tuple("-" if time is None else f"{time:.0f} us" for time in times)
         rows.append(Bar(node.name, times, texts))
-    return note + bars("Median microseconds of each node", series, rows) + _table(facts)
+    return (
+        note
+        + bars("Microseconds of each kernel", ("ours",), _kernel_times(report, found))
+        + bars("Median microseconds of each node", series, rows)
+        + _table(facts)
+    )
+
+
+def _kernel_times(report: BenchReport, found: Inspection) -> list[Bar]:
+    """The time of all nodes that a kernel, or several together, run."""
+    kernels = {
+        node.name: ", ".join(dict.fromkeys(choice.kernel for choice in node.kernels))
+        for node in found.nodes
+    }
+    times: defaultdict[str, float] = defaultdict(float)
+    for node in report.nodes:
+        times[kernels.get(node.name) or "none of ours"] += node.ours_us or 0
+    return [Bar(name, (time,), (f"{time:.0f} us",)) for name, time in times.items()]
 
 
 def _load_body(loads: Sequence[ExpertLoad]) -> str:

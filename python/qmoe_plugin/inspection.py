@@ -65,7 +65,7 @@ class NodeView:
 
 @dataclass
 class Experts:
-    """Bytes of experts' weights: of QMoE and MoE nodes, and tensors called so elsewhere.
+    """Bytes of experts' weights: of QMoE and MoE nodes, and matrices called so elsewhere.
 
     Attributes:
         total: All.
@@ -174,8 +174,11 @@ class _Inspector:
             if node.domain in (STOCK_DOMAIN, DOMAIN) and node.op_type in OPS
         ]
         for body in bodies(model):
-            for tensor, called in _constants(body):
+            for tensor, name_of in _constants(body):
                 kind = _type_name(tensor)
+                # The gate of a shared expert, which is better left in float, has one row.
+                is_matrix = len(tensor.shape) > 1 and 1 not in tensor.shape.numpy()
+                called = name_of if is_matrix else ""
                 quantized = kind not in _FLOAT_FORMATS
                 self._count(tensor, kind, called, quantized=quantized, runs=False)
         return Inspection(

@@ -52,6 +52,8 @@ def to_value(array: Array) -> onnxruntime.OrtValue:
 
 def to_array(value: onnxruntime.OrtValue) -> Array:
     """A copy of a value that lies on the CPU."""
+    if value.device_name() != "cpu":
+        raise ValueError(f"the value is on {value.device_name()}, not on the CPU")
     dtype = ir.DataType(value.element_type()).numpy()
     shape = value.shape()
     count = math.prod(shape)

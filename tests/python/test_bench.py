@@ -152,7 +152,8 @@ def test_report(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"wrote {output}\n"
     page = Page(output)
-    assert len(page.pictures) == 4
+    assert len(page.pictures) == 5
+    assert re.search(r"gemm_\w+\.int4</text>", page.text)
     assert "a&lt;b.onnx" in page.text
     assert re.search(r"int4</text>.*100\.0%", page.text)
     assert re.search(r"\d+\.\d dB", page.text)
