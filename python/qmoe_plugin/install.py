@@ -262,16 +262,22 @@ def _replace(
 
     In this order, so that an interruption leaves nothing that `uninstall` does not know of.
     """
-    former = () if before is None else before.files
-    if not _has_library(folder, former):
+    library = Path(get_library_path())
+    former = before or Manifest(manifest.config, (), ())
+    if not _has_library(folder, former.files):
         manifest = dataclasses.replace(manifest, files=(*manifest.files, LIBRARY_NAME))
-    dataclasses.replace(manifest, files=tuple({*former, *manifest.files})).write(folder)
+    both = Manifest(
+        manifest.config,
+        (*former.edits, *manifest.edits),
+        tuple(dict.fromkeys((*former.files, *manifest.files))),
+    )
+    both.write(folder)
     if LIBRARY_NAME in manifest.files:
-        _copy(Path(get_library_path()), folder / LIBRARY_NAME)
+        _copy(library, folder / LIBRARY_NAME)
     for name, model in models.items():
         write(model, folder / name)
     write(write_config(config).encode(), folder / CONFIG)
-    for stale in set(former) - set(manifest.files):
+    for stale in set(former.files) - set(manifest.files):
         (folder / stale).unlink(missing_ok=True)
     manifest.write(folder)
 
@@ -299,6 +305,8 @@ def _target(part: Part, sm: int | None) -> Target:
         )
     if not part.providers:
         return CPU
+    if sm == 0:
+        raise ValueError(f"{part.name} asks for CUDA; to run it on the CPU say cpu=True, --cpu")
     if sm is None and cuda_problem():
         raise ValueError(
             f"{part.name} asks for CUDA, and here {cuda_problem()}; say which GPU it will run on "

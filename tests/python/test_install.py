@@ -14,6 +14,7 @@ from helpers.models import save_external
 import qmoe_plugin
 from qmoe_plugin import genai
 from qmoe_plugin.cli import main
+from qmoe_plugin.devices import CPU
 from qmoe_plugin.install import MANIFEST, Manifest, install, uninstall
 from qmoe_plugin.library import LIBRARY_NAME
 
@@ -135,6 +136,31 @@ def test_interrupted_is_undone_or_done_again(folder, written, monkeypatch):
         assert contents(copy) == before
     install(folder)
     uninstall(folder)
+    assert contents(folder) == before
+
+
+def test_interrupted_change_of_device(folder, monkeypatch):
+    """Installed for the CPU, then anew without --cpu, and stopped before the configuration."""
+    decoder = {"filename": "model.onnx", "session_options": {"provider_options": CUDA}}
+    configure(folder, decoder=decoder)
+    before = contents(folder)
+    install(folder, cpu=True)
+    module = sys.modules["qmoe_plugin.install"]
+    monkeypatch.setattr(module, "_target", lambda _part, _sm: CPU)
+    monkeypatch.setattr(
+        module, "_copy", lambda _source, _to: (_ for _ in ()).throw(OSError("full"))
+    )
+    with pytest.raises(OSError, match="full"):
+        install(folder)
+    monkeypatch.undo()
+    uninstall(folder)
+    assert contents(folder) == before
+
+
+def test_library_that_is_missing(folder, monkeypatch):
+    monkeypatch.setenv("QMOE_PLUGIN_LIBRARY", str(folder / "gone.so"))
+    before = contents(folder)
+    assert "there is no such file" in error_line(run("install", folder))
     assert contents(folder) == before
 
 
@@ -311,6 +337,12 @@ def test_cuda_without_a_gpu(folder, monkeypatch):
     monkeypatch.setattr(module, "cuda_problem", lambda: "there is no CUDA device")
     with pytest.raises(ValueError, match="asks for CUDA, and here there is no CUDA device; say"):
         install(folder)
+
+
+def test_cuda_for_the_cpu(folder):
+    decoder = {"filename": "model.onnx", "session_options": {"provider_options": CUDA}}
+    configure(folder, decoder=decoder)
+    assert "to run it on the CPU say cpu=True" in error_line(run("install", folder, "--sm", 0))
 
 
 def test_sm_and_cpu(folder):
