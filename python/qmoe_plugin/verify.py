@@ -154,7 +154,12 @@ def verify(
     logger.info("%s has run", a.name)
     found = run_with_taps(b, providers, feeds, {*pairs, *(read & set(_produced(graphs[1])))})
     logger.info("%s has run", b.name)
-    types = {name: ir.DataType.from_numpy(found[name].dtype) for name in read if name in found}
+    wanted = {value.name: value.dtype for value in graphs[1].graph.inputs if value.dtype}
+    types = {
+        name: wanted.get(name) or ir.DataType.from_numpy(found[name].dtype)
+        for name in read
+        if name in found
+    }
     alone = {name: n for name, n in alone.items() if set(types).issuperset(activation_names(n))}
     own = run_nodes(b, providers, alone, expected, types)
     outputs = _outputs(graphs, expected, found)

@@ -141,15 +141,17 @@ def test_interrupted_is_undone_or_done_again(folder, written, monkeypatch):
 
 def test_interrupted_change_of_device(folder, monkeypatch):
     """Installed for the CPU, then anew without --cpu, and stopped before the configuration."""
+
+    def full(_source, _destination):
+        raise OSError("full")
+
     decoder = {"filename": "model.onnx", "session_options": {"provider_options": CUDA}}
     configure(folder, decoder=decoder)
     before = contents(folder)
     install(folder, cpu=True)
     module = sys.modules["qmoe_plugin.install"]
     monkeypatch.setattr(module, "_target", lambda _part, _sm: CPU)
-    monkeypatch.setattr(
-        module, "_copy", lambda _source, _to: (_ for _ in ()).throw(OSError("full"))
-    )
+    monkeypatch.setattr(module, "_copy", full)
     with pytest.raises(OSError, match="full"):
         install(folder)
     monkeypatch.undo()
