@@ -10,11 +10,13 @@ import dataclasses
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import qmoe_plugin
 from qmoe_plugin import doctor
+from qmoe_plugin.commands import add_commands
 from qmoe_plugin.graph.inspect import explain_model
 from qmoe_plugin.graph.quantize_rules import parse_rule
 from qmoe_plugin.graph.quantize_weights import SEARCHES
@@ -23,21 +25,25 @@ from qmoe_plugin.tables import kernel_table, support_page
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    options = parser().parse_args(arguments)
+    level = logging.INFO if options.verbose else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
     try:
         code: int = options.run(options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
+        if options.verbose:
+            traceback.print_exc()
         print(f"qmoe_plugin: {error}", file=sys.stderr)
         return 1
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qmoe_plugin", description=qmoe_plugin.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--version", action="version", version=qmoe_plugin.__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    made = argparse.ArgumentParser(prog="python -m qmoe_plugin", description=qmoe_plugin.__doc__)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.add_argument("--version", action="version", version=qmoe_plugin.__version__)
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("doctor", help="check the installation and try the ops out")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -95,7 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_sm(command)
     command.set_defaults(run=_explain)
-    return parser
+
+    add_commands(commands)
+    for command in commands.choices.values():
+        command.add_argument(
+            "-v", "--verbose", action="store_true", help="log what is done; trace errors"
+        )
+    return made
 
 
 def _rule(text: str) -> tuple[str, str]:

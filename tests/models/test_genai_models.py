@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from helpers.command import run
 
 import qmoe_plugin
 from models import check, export, genai, genai_child
@@ -117,6 +119,27 @@ def test_prepacked_weights_give_the_bits_of_the_raw_ones(
     expected = exports.expected(items[0])
     for tokens in (expected.prompt, *([token] for token in expected.tokens[:3])):
         np.testing.assert_array_equal(first.step(tokens), second.step(tokens))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss-int4", "lfm2_moe-int8", "qwen35_moe-int4_fp16"])
+def test_install_and_undo(name: str, exports: export.Exports, tmp_path: Path) -> None:
+    """The real command; float16 models ask for CUDA, until --cpu says that there is none."""
+    item, folder = export.by_id(name), tmp_path / "genai"
+    exported, expected = exports.model(item), exports.expected(item)
+    shutil.copytree(exported, folder)
+    done = run("install", folder, "--cpu", "--strict")
+    assert done.returncode == 0, done.stderr
+    assert genai.generate_plainly(folder, expected) == expected.tokens
+    done = run("install", folder, "--undo")
+    assert done.returncode == 0, done.stderr
+    difference = filecmp.dircmp(exported, folder)
+    assert not difference.left_only
+    assert not difference.right_only
+    for path in exported.iterdir():
+        assert filecmp.cmp(path, folder / path.name, shallow=False)
+    if item in EXACT:
+        # With stock onnxruntime's ops.
+        assert genai.generate_plainly(folder, expected) == expected.tokens
 
 
 def test_prepacked_and_raw_weights_may_mix(exports: export.Exports) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qmoe_plugin import formats
+from qmoe_plugin.graph.attributes import INT, STRING, Attribute, default
 from qmoe_plugin.graph.describe import Description, UnsupportedError
 from qmoe_plugin.graph.inputs import (
     FLOATS,
@@ -33,8 +34,9 @@ from qmoe_plugin.graph.projections import float_shapes
 from qmoe_plugin.graph.scales import check_block_size
 from qmoe_plugin.kernels import Problem
 
-STOCK_ATTRIBUTES = ("block_size",)
-"""The attributes of both in onnxruntime 1.31.1."""
+FP8_STOCK_ATTRIBUTES = {"block_size": default(128)}
+FP4_STOCK_ATTRIBUTES = {"block_size": default(16)}
+"""The attributes in onnxruntime 1.31.1."""
 
 FP8_STOCK_INPUTS = ("A", "B", "b_scale", "a_scale", "bias")
 """The inputs of MatMulBlockQuantizedFp8Weight there."""
@@ -43,7 +45,11 @@ FP4_STOCK_INPUTS = ("A", "B", "weight_scale", "weight_scale_2", "input_scale", "
 """The inputs of MatMulBlockQuantizedFp4Weight there."""
 
 _SIZES = ("N", "K")
-"""Attributes of ours, of packed weights."""
+_OWN_ATTRIBUTES = {LAYOUT_ATTRIBUTE: STRING, **dict.fromkeys(_SIZES, INT)}
+
+FP8_ATTRIBUTES = {**FP8_STOCK_ATTRIBUTES, **_OWN_ATTRIBUTES}
+FP4_ATTRIBUTES = {**FP4_STOCK_ATTRIBUTES, **_OWN_ATTRIBUTES}
+"""With those of ours, which packed weights have."""
 
 _BYTES = (ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN)
 
@@ -57,7 +63,9 @@ def describe_fp8_weight(node: ir.Node) -> Description:
     scale = constant(node, 3, "a_scale")
     if scale is not None:
         _check_scalar(scale)
-    return _describe(node, "fp8_e4m3", 128, FP8_STOCK_INPUTS, weights=_BYTES, scales=FLOATS)
+    return _describe(
+        node, "fp8_e4m3", FP8_ATTRIBUTES, FP8_STOCK_INPUTS, weights=_BYTES, scales=FLOATS
+    )
 
 
 def describe_fp4_weight(node: ir.Node) -> Description:
@@ -72,13 +80,15 @@ def describe_fp4_weight(node: ir.Node) -> Description:
     if input_scale is not None:
         _check_scalar(input_scale)
     weights = (ir.DataType.UINT8,)
-    return _describe(node, "nvfp4", 16, FP4_STOCK_INPUTS, weights=weights, scales=_BYTES)
+    return _describe(
+        node, "nvfp4", FP4_ATTRIBUTES, FP4_STOCK_INPUTS, weights=weights, scales=_BYTES
+    )
 
 
 def _describe(
     node: ir.Node,
     format_name: str,
-    block_size: int,
+    attributes: dict[str, Attribute],
     inputs: tuple[str, ...],
     *,
     weights: tuple[ir.DataType, ...],
@@ -89,14 +99,14 @@ def _describe(
     Args:
         node: The node.
         format_name: Of the weights.
-        block_size: Default of the attribute.
+        attributes: All that the op has.
         inputs: All input names; the bias comes last.
         weights: Types that B may have.
         scales: Types that its scales may have.
     """
-    known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE, *_SIZES))
+    known_attributes(node, attributes)
     known_inputs(node, len(inputs))
-    block_size = integer(node, "block_size", block_size)
+    block_size = integer(node, "block_size", int(attributes["block_size"].default or 0))
     check_block_size(block_size)
     fmt = formats.get(format_name)
     refuse_other_layouts(node)

@@ -7,6 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from qmoe_plugin import formats
+from qmoe_plugin.graph.attributes import INT, REQUIRED_INT, default
 from qmoe_plugin.graph.describe import Description, UnsupportedError
 from qmoe_plugin.graph.formats import find_format, named_format
 from qmoe_plugin.graph.inputs import (
@@ -39,7 +40,14 @@ from qmoe_plugin.graph.scales import (
 )
 from qmoe_plugin.kernels import Problem
 
-STOCK_ATTRIBUTES = ("K", "N", "accuracy_level", "bits", "block_size", "weight_prepacked")
+STOCK_ATTRIBUTES = {
+    "K": REQUIRED_INT,
+    "N": REQUIRED_INT,
+    "accuracy_level": default(0),
+    "bits": INT,
+    "block_size": REQUIRED_INT,
+    "weight_prepacked": default(0),
+}
 """The attributes of com.microsoft MatMulNBits in onnxruntime 1.31.1."""
 
 STOCK_INPUTS = ("A", "B", "scales", "zero_points", "g_idx", "bias")
@@ -47,6 +55,9 @@ STOCK_INPUTS = ("A", "B", "scales", "zero_points", "g_idx", "bias")
 
 FORMAT_ATTRIBUTE = "weight_format"
 """An attribute of ours that com.microsoft does not have: the name of a format."""
+
+ATTRIBUTES = {**STOCK_ATTRIBUTES, FORMAT_ATTRIBUTE: default(""), LAYOUT_ATTRIBUTE: default("")}
+"""The attributes of ours."""
 
 INPUTS = (*STOCK_INPUTS, "codebook", "global_scale")
 """The inputs of ours."""
@@ -58,7 +69,7 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our op cannot run it.
     """
-    known_attributes(node, (*STOCK_ATTRIBUTES, FORMAT_ATTRIBUTE, LAYOUT_ATTRIBUTE))
+    known_attributes(node, ATTRIBUTES)
     known_inputs(node, len(INPUTS))
     n, k, block_size = (integer(node, name, 0) for name in ("N", "K", "block_size"))
     if n < 1 or k < 1:

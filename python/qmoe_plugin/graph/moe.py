@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from qmoe_plugin.graph.attributes import FLOAT, STRING, default
 from qmoe_plugin.graph.describe import Description, UnsupportedError
 from qmoe_plugin.graph.inputs import (
     FLOATS,
@@ -29,19 +30,22 @@ from qmoe_plugin.graph.packed import (
 from qmoe_plugin.graph.qmoe import GATED, fc1_activation, routed_experts
 from qmoe_plugin.kernels import Problem
 
-STOCK_ATTRIBUTES = (
-    "activation_alpha",
-    "activation_beta",
-    "activation_type",
-    "k",
-    "normalize_routing_weights",
-    "num_shared_experts",
-    "swiglu_fusion",
-    "swiglu_limit",
-    "use_sparse_mixer",
-)
+STOCK_ATTRIBUTES = {
+    "activation_alpha": default(1.0),
+    "activation_beta": default(0.0),
+    "activation_type": default("relu"),
+    "k": default(1),
+    "normalize_routing_weights": default(0),
+    "num_shared_experts": default(0),
+    "swiglu_fusion": default(0),
+    "swiglu_limit": FLOAT,
+    "use_sparse_mixer": default(0),
+}
 """The attributes of com.microsoft MoE in onnxruntime 1.31.1, and num_shared_experts of its
 development branches."""
+
+ATTRIBUTES = {**STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE: STRING}
+"""With that of ours."""
 
 STOCK_INPUTS = (
     "input",
@@ -65,7 +69,7 @@ def describe_moe(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our op cannot run it.
     """
-    known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE))
+    known_attributes(node, ATTRIBUTES)
     known_inputs(node, len(STOCK_INPUTS))
     has_fc3 = given(node, _FC3)
     if not has_fc3 and given(node, _FC3 + 1):
