@@ -16,20 +16,30 @@ import onnx_ir as ir
 from qmoe_plugin.graph.walk import external_tensors
 
 _PAGE = 4096
+_PIECE = 1 << 26
+"""Bytes of a tensor that are copied at a time."""
 
 
-def raw_bytes(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+def raw_bytes(
+    tensor: ir.TensorProtocol, start: int = 0, count: int | None = None
+) -> npt.NDArray[np.uint8]:
     """The bytes of a tensor, [bytes]: a view of the model's memory, or of a mapping of its file.
 
     The file is mapped for as long as the result lives.
 
+    Args:
+        tensor: The tensor.
+        start: The first byte wanted, and how many; no more is mapped.
+        count: None for all from there on.
+
     Raises:
         ValueError: If the file is too short.
     """
+    stop = tensor.nbytes if count is None else start + count
     if not isinstance(tensor, ir.ExternalTensor):
-        return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+        return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)[start:stop]
     size, offset = tensor.nbytes, tensor.offset or 0
-    if size == 0:
+    if start == stop:
         return np.empty(0, np.uint8)
     end = Path(tensor.path).stat().st_size
     if tensor.length not in (None, size) or offset + size > end:
@@ -37,7 +47,7 @@ def raw_bytes(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
             f"tensor '{tensor.name}' has {size} bytes from {offset} on, but the model says "
             f"{tensor.length}, and {tensor.path} ends at {end}; the model is damaged"
         )
-    return np.memmap(tensor.path, np.uint8, "r", offset, (size,))
+    return np.memmap(tensor.path, np.uint8, "r", offset + start, (stop - start,))
 
 
 class Store(Protocol):
@@ -141,7 +151,7 @@ class DataFile:
             return tensor
         source = (tensor.path, tensor.offset or 0, tensor.nbytes)
         if source not in self._moved:
-            self._moved[source] = self._write(raw_bytes(tensor))
+            self._moved[source] = self._copy(tensor)
         return self._tensor(tensor.name, self._moved[source], tensor.dtype, tensor.shape)
 
     def commit(self) -> None:
@@ -154,6 +164,13 @@ class DataFile:
         """Appends bytes; those of a page or more start a page, so that they can be mapped."""
         offset = self._align(_PAGE if content.size >= _PAGE else 64)
         self._file.write(content.data)
+        return offset
+
+    def _copy(self, tensor: ir.ExternalTensor) -> int:
+        """Appends the bytes of a tensor, a piece of it mapped at a time."""
+        offset = self._align(_PAGE if tensor.nbytes >= _PAGE else 64)
+        for start in range(0, tensor.nbytes, _PIECE):
+            self._file.write(raw_bytes(tensor, start, min(_PIECE, tensor.nbytes - start)).data)
         return offset
 
     def _align(self, alignment: int) -> int:

@@ -34,14 +34,16 @@ class Weight:
     """A float weight, and what it becomes.
 
     Attributes:
-        role: "fc1", "fc2", "fc3" or "B".
+        role: "fc1", "fc2" or "B".
         name: Of the tensor.
-        tensor: [E, N, K], or one matrix.
-        transposed: Whether it is a matrix [K, N].
+        tensor: [E, N, K], or one matrix [N, K].
+        transposed: Whether N and K change places in it.
         format: The format.
         block_size: Along K; 0 = one scale a row, or an expert.
         symmetric: Without zero points.
         whole_blocks: Whether rows are padded to whole blocks, as MatMulNBits has them.
+        ups: Of the shape of `tensor`, whose rows are gates: rows of both will alternate, g0, u0, g1
+            and so on. None if there is nothing to merge.
     """
 
     role: str
@@ -52,12 +54,14 @@ class Weight:
     block_size: int
     symmetric: bool
     whole_blocks: bool
+    ups: ir.TensorProtocol | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """E, N and K."""
         *lead, a, b = self.tensor.shape.numpy()
-        return (lead[0] if lead else 1, *((b, a) if self.transposed else (a, b)))
+        n, k = (b, a) if self.transposed else (a, b)
+        return lead[0] if lead else 1, n if self.ups is None else 2 * n, k
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -77,13 +81,40 @@ class Weight:
         sizes = f"{n} x {k}" if self.role == "B" else f"{experts} x {n} x {k}"
         return f"{self.role} {self.format.name}{zeros} {block}, {sizes}"
 
-    def read(self) -> Array:
-        """[E, N, K], a view of the model's memory or of a mapping of its file."""
-        raw = raw_bytes(self.tensor).view(self.tensor.dtype.numpy())
-        stack: Array = raw.reshape(self.tensor.shape.numpy())
-        if stack.ndim == 2:
-            stack = stack[None]
-        return stack.swapaxes(1, 2) if self.transposed else stack
+
+class _Rows:
+    """Reads some rows at a time. Of a file, no more is mapped than is asked for."""
+
+    def __init__(self, weight: Weight) -> None:
+        self._transposed = weight.transposed
+        self._tensors = [weight.tensor] if weight.ups is None else [weight.tensor, weight.ups]
+        self._held = {
+            index: raw_bytes(tensor)  # decoded once
+            for index, tensor in enumerate(self._tensors)
+            if not isinstance(tensor, ir.ExternalTensor)
+        }
+
+    def __call__(self, expert: int, start: int, stop: int) -> Array:
+        """Rows of an expert, float32 [stop - start, K]; even numbers if ups are merged."""
+        parts = len(self._tensors)
+        rows = [
+            self._matrix(index, expert)[start // parts : stop // parts].astype(np.float32)
+            for index in range(parts)
+        ]
+        merged = rows[0] if parts == 1 else np.stack(rows, axis=1).reshape(stop - start, -1)
+        return np.ascontiguousarray(merged)
+
+    def _matrix(self, index: int, expert: int) -> Array:
+        """A view [N, K] of a matrix of an expert."""
+        tensor = self._tensors[index]
+        *lead, a, b = tensor.shape.numpy()
+        size = tensor.nbytes // math.prod(lead)
+        if index in self._held:
+            raw = self._held[index][expert * size : (expert + 1) * size]
+        else:
+            raw = raw_bytes(tensor, expert * size, size)
+        matrix: Array = raw.view(tensor.dtype.numpy()).reshape(a, b)
+        return matrix.T if self._transposed else matrix
 
 
 @dataclass
@@ -159,11 +190,12 @@ def quantize_weight(
 
 def _codes(weight: Weight, search: str, pieces: _Pieces) -> Iterator[npt.NDArray[np.uint8]]:
     """The codes of some rows at a time, uint8 [rows, bytes]; the rest goes to `pieces`."""
-    stack = weight.read()
-    for matrix in stack:
-        rows_at_once = _rows_at_once(weight)
-        for start in range(0, len(matrix), rows_at_once):
-            quantized = _quantize(weight, search, matrix[start : start + rows_at_once])
+    experts, n, _ = weight.shape
+    read, rows_at_once = _Rows(weight), _rows_at_once(weight)
+    for expert in range(experts):
+        for start in range(0, n, rows_at_once):
+            rows = read(expert, start, min(start + rows_at_once, n))
+            quantized = _quantize(weight, search, rows)
             pieces.take(quantized, first=start == 0)
             padding = math.prod(weight.row_shape) - quantized.codes.shape[-1]
             yield np.ascontiguousarray(np.pad(quantized.codes, ((0, 0), (0, padding))))
@@ -178,8 +210,7 @@ def _rows_at_once(weight: Weight) -> int:
     return max(1, _WEIGHTS_AT_ONCE // k // unit) * unit
 
 
-def _quantize(weight: Weight, search: str, rows: Array) -> Quantized:
-    values = np.ascontiguousarray(rows, dtype=np.float32)
+def _quantize(weight: Weight, search: str, values: Array) -> Quantized:
     if not np.isfinite(values).all():
         raise UnsupportedError(f"'{weight.name}' holds NaN or infinity, which no format has")
     quantize = formats.quantize_mse if search == "mse" else formats.Format.quantize
