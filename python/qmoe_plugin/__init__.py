@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from qmoe_plugin import formats
+from qmoe_plugin.graph.fuse import fuse
 from qmoe_plugin.graph.prepack import prepack
 from qmoe_plugin.graph.quantize import quantize
 from qmoe_plugin.graph.retarget import retarget, unretarget
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "explain",
     "formats",
+    "fuse",
     "get_library_path",
     "kernels",
     "prepack",

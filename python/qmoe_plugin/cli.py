@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import qmoe_plugin
-from qmoe_plugin import doctor
+from qmoe_plugin import cli_fuse, doctor
 from qmoe_plugin.graph.inspect import explain_model
 from qmoe_plugin.graph.quantize_rules import parse_rule
 from qmoe_plugin.graph.quantize_weights import SEARCHES
@@ -77,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="only say what would be done")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_quantize)
+
+    cli_fuse.add_command(commands)
 
     command = commands.add_parser("prepack", help="pack the weights, for a fast start")
     command.add_argument("input", type=Path, metavar="IN", help="ONNX model")

@@ -35,6 +35,7 @@ class NodeReport:
         warning: Something that was decided by custom, as the node does not say it; "" for nothing.
         weights: What was packed or quantised, as in "fc1 int4 block 32, 4 x 192 x 64"; only of
             `prepack` and `quantize`.
+        change: What was done to it; only of `fuse`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class NodeReport:
     kernels: tuple[KernelChoice, ...] = ()
     warning: str = ""
     weights: tuple[str, ...] = ()
+    change: str = ""
 
     @property
     def kernel_text(self) -> str:
@@ -234,6 +236,33 @@ class QuantizeReport(Report):
             lines.append("rules that counted for no weight:")
             lines += [f"  {rule}" for rule in self.unmatched_rules]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class FuseReport(Report):
+    """What one of the passes of `fuse` did.
+
+    Attributes:
+        name: Name of the pass, as in "bias".
+        fused: Nodes that it changed.
+        kept: Nodes that it looked at and left, each with a reason.
+    """
+
+    name: str
+    fused: tuple[NodeReport, ...] = ()
+    kept: tuple[NodeReport, ...] = ()
+
+    def headline(self) -> str:
+        """One line that sums it up."""
+        return f"{self.name}: changed {len(self.fused)} of {len(self.fused) + len(self.kept)} nodes"
+
+    def changed(self) -> tuple[NodeReport, ...]:
+        """The nodes that were changed."""
+        return self.fused
+
+    def detail(self, node: NodeReport) -> str:
+        """What became of a node."""
+        return node.change
 
 
 def _grouped(nodes: Iterable[NodeReport], text_of: Callable[[NodeReport], str]) -> list[str]:
