@@ -44,7 +44,7 @@ def op_types(model):
 
 def check_fused(model, feeds, bits=1e-6):
     before = run(open_session(copy.deepcopy(model)), feeds)
-    (report, _) = qmoe_plugin.fuse(model)
+    (_, report, _) = qmoe_plugin.fuse(model)
     assert [node.op_type for node in report.fused] == ["MatMulNBits"]
     assert report.fused[0].change == "has the bias that add added"
     assert op_types(model) == ["MatMulNBits"]
@@ -149,7 +149,7 @@ def test_what_is_no_bias_stays(shape, change, text):
     if change:
         change(model)
     before = copy.deepcopy(model)
-    report, _ = qmoe_plugin.fuse(model)
+    _, report, _ = qmoe_plugin.fuse(model)
     assert report.fused == ()
     assert text in report.kept[0].reason
     assert op_types(model) == op_types(before)
@@ -158,7 +158,7 @@ def test_what_is_no_bias_stays(shape, change, text):
 def test_packed_weights_stay(tmp_path):
     model, _ = biased_model(domain="qmoe_plugin")
     qmoe_plugin.prepack(model)
-    report, _ = qmoe_plugin.fuse(model)
+    _, report, _ = qmoe_plugin.fuse(model)
     assert "fuse before prepack" in report.kept[0].reason
 
 
@@ -173,7 +173,7 @@ def test_zeros_are_dropped(case):
         tensors[name] = np.zeros_like(tensors[name])
     model = case.model(tensors)
     before = run(open_session(copy.deepcopy(model)), feeds_of(tensors))
-    _, report = qmoe_plugin.fuse(model)
+    *_, report = qmoe_plugin.fuse(model)
     assert report.fused[0].change == f"no longer adds the zeros of {', '.join(zeros)}"
     assert not set(zeros) & initializers(model).keys()
     assert model.graph.node[0].input[-1]
@@ -187,7 +187,7 @@ def test_one_number_is_enough_to_stay():
     tensors["fc1_experts_bias"][-1, -1] = 1e-30
     tensors["fc2_experts_bias"] = -np.zeros_like(tensors["fc2_experts_bias"])
     model = case.model(tensors)
-    _, report = qmoe_plugin.fuse(model)
+    *_, report = qmoe_plugin.fuse(model)
     assert report.fused[0].change == "no longer adds the zeros of fc2_experts_bias"
     assert "fc1_experts_bias" in initializers(model)
 
@@ -206,9 +206,9 @@ def test_the_command(tmp_path):
     done = command(path, output)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0] == "bias: changed 1 of 1 nodes"
-    assert lines[1].endswith("has the bias that add added")
-    assert lines[2] == "zero-bias: changed 0 of 0 nodes"
+    assert lines[:2] == ["moe: changed 0 of 0 nodes", "bias: changed 1 of 1 nodes"]
+    assert lines[2].endswith("has the bias that add added")
+    assert lines[3] == "zero-bias: changed 0 of 0 nodes"
     before, after = (run(open_session(p), feeds) for p in (path, output))
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
     again = command(output, tmp_path / "again.onnx", "--only", "bias", "--json")

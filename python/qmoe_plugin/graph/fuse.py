@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 from qmoe_plugin.graph.external_data import Store
 from qmoe_plugin.graph.fuse_bias import DropZeroBias, FuseBias
+from qmoe_plugin.graph.fuse_moe import FuseMoE
 from qmoe_plugin.graph.rewrite import Model, PathLike, rewrite
 from qmoe_plugin.report import FuseReport
 
-PASSES = ("bias", "zero-bias")
+PASSES = ("moe", "bias", "zero-bias")
 """In the order in which they run."""
 
 
@@ -29,6 +30,11 @@ def fuse(
     passes: Sequence[str] = PASSES,
 ) -> tuple[FuseReport, ...]:
     """Fuses nodes of a model into our ops. What it computes stays the same.
+
+    "moe": experts that an exporter wrote in single nodes (all for all tokens, or in a loop, or with
+    weights gathered for each token), selected by a TopK, become MoE; `quantize` makes it QMoE. That
+    both compute the same is tried with random activations in onnxruntime, which takes the memory of
+    one layer's experts a few times.
 
     "bias": MatMulNBits and the Add of a constant bias become MatMulNBits with a bias.
 
@@ -57,9 +63,13 @@ def fuse(
 
 def _fuse(model: ir.Model, passes: Sequence[str], store: Store) -> tuple[FuseReport, ...]:
     reports = []
-    for name in PASSES:
+    for name, make in (
+        ("moe", FuseMoE),
+        ("bias", FuseBias),
+        ("zero-bias", DropZeroBias),
+    ):
         if name in passes:
-            change = FuseBias(store) if name == "bias" else DropZeroBias()
+            change = make(store)
             change(model)
             reports.append(change.report)
     return tuple(reports)

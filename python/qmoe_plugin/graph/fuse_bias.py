@@ -114,8 +114,8 @@ class FuseBias(ir.passes.InPlacePass):
 class DropZeroBias(ir.passes.InPlacePass):
     """Takes biases off that are all zeros. `report` says which."""
 
-    def __init__(self) -> None:
-        """Makes a pass."""
+    def __init__(self, store: Store) -> None:
+        """Makes a pass. It puts nothing into the store."""
         super().__init__()
         self.report = FuseReport("zero-bias")
 

@@ -51,6 +51,11 @@ def routing_products(body: Body) -> dict[ir.Node, str]:
     return found
 
 
+def products_before_scores(topk: ir.Node) -> list[ir.Node]:
+    """The MatMul and Gemm nodes that a TopK's scores come from."""
+    return list(_products_before(topk.inputs[0], _FROM_LOGITS))
+
+
 def _routing_inputs(node: ir.Node) -> Iterator[ir.Value | None]:
     if node.domain == "" and node.op_type == "TopK":
         yield node.inputs[0]

@@ -1,0 +1,279 @@
+"""Fuses dense fallbacks of a Mixture of Experts into nodes MoE.
+
+What a TopK selects is found by `moe_region.py`, in whatever nodes it is written; that the op
+computes the same is shown by running both on random activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx import helper
+
+from qmoe_plugin.graph.describe import UnsupportedError
+from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused, set_attributes
+from qmoe_plugin.graph.external_data import Store
+from qmoe_plugin.graph.moe_activation import Activation, find_activation
+from qmoe_plugin.graph.moe_products import Product
+from qmoe_plugin.graph.moe_region import Region, check_shapes, is_anchor, regions
+from qmoe_plugin.graph.retarget import DOMAIN_VERSION
+from qmoe_plugin.graph.trial import Part, run_nodes
+from qmoe_plugin.graph.walk import Body, bodies, label
+from qmoe_plugin.library import DOMAIN
+from qmoe_plugin.report import FuseReport, NodeReport
+
+Array = npt.NDArray[Any]
+
+_PLACES = ("input", "router_probs", "fc1", "fc1_bias", "fc2", "fc2_bias")
+_TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2}
+_FEWEST_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A region, and what it becomes."""
+
+    region: Region
+    activation: Activation
+    source: ir.Value  # the form of the activations that the node gets
+    normalize: int
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Of the node."""
+        routing = {"k": self.region.k, "normalize_routing_weights": self.normalize}
+        return {**self.activation.attributes, **routing}
+
+
+class FuseMoE(ir.passes.InPlacePass):
+    """Makes a MoE of the nodes between a TopK over experts and the sum. `report` says of which."""
+
+    def __init__(self, store: Store) -> None:
+        """Makes a pass; weights that have to be put together go to the store."""
+        super().__init__()
+        self.report = FuseReport("moe")
+        self._store = store
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Changes the model, and sets `report`."""
+        names = Names(model)
+        fused: list[NodeReport] = []
+        kept: list[NodeReport] = []
+        for body in bodies(model):
+            for topk in [node for node in body.nodes() if is_anchor(node)]:
+                name = label(topk)
+                try:
+                    node = self._fuse(topk, body, names)
+                except UnsupportedError as error:
+                    kept.append(NodeReport(name, "TopK", body.function, str(error)))
+                    continue
+                fused.append(NodeReport(name, "TopK", body.function, change=node))
+        self.report = FuseReport("moe", tuple(fused), tuple(kept))
+        return ir.passes.PassResult(model, bool(fused))
+
+    def _fuse(self, topk: ir.Node, body: Body, names: Names) -> str:
+        """Fuses what a TopK selects; says what it has become.
+
+        Raises:
+            UnsupportedError: If it stays.
+        """
+        graph = topk.graph
+        if body.function or graph is not body.content or not isinstance(graph, ir.Graph):
+            raise UnsupportedError(
+                "a function or a nested graph of the model holds it; inline functions first"
+            )
+        order = {node: place for place, node in enumerate(graph)}
+        match = _find(topk, order, body.opset_imports)
+        _replace(match, graph, names, self._store)
+        body.opset_imports.setdefault(DOMAIN, DOMAIN_VERSION)
+        region = match.region
+        hidden, inter, _ = check_shapes(region)
+        kind = match.activation.attributes["activation_type"]
+        return (
+            f"selects in a MoE of {region.count} experts, {region.k} a token, {hidden} x {inter}, "
+            f"{kind}, {'with' if match.normalize else 'without'} normalised weights"
+        )
+
+
+def _find(topk: ir.Node, order: dict[ir.Node, int], opsets: Mapping[str, int]) -> _Match:
+    """The Mixture of Experts of a TopK, tried out.
+
+    Raises:
+        UnsupportedError: If there is none that MoE computes.
+    """
+    problems: list[str] = []
+    known: dict[ir.Node, Activation] = {}
+    for region in regions(topk, order):
+        try:
+            check_shapes(region)
+            second = region.experts[0].second.node
+            if second not in known:
+                known[second] = find_activation(region, order, opsets)
+            return _prove(region, known[second], order, opsets)
+        except UnsupportedError as error:
+            problems.append(str(error))
+    raise UnsupportedError(problems[0] if len(set(problems)) == 1 else problems[-1])
+
+
+def _prove(
+    region: Region, activation: Activation, order: dict[ir.Node, int], opsets: Mapping[str, int]
+) -> _Match:
+    """Runs both on random activations.
+
+    Raises:
+        UnsupportedError: If they do not give the same.
+    """
+    dtype = region.experts[0].second.tensor.dtype.numpy()
+    hidden = region.experts[0].second.n
+    start = region.inputs[-1]
+    part = Part([start], [region.output, region.logits, *region.inputs[:-1]], order, opsets)
+    tokens = max(_FEWEST_TOKENS, 4 * region.count // region.k)
+    shape, sizes = _shape(start, tokens, hidden)
+    x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    output, logits, *forms = part.run([x], sizes)
+    alike = [
+        (source, form)
+        for source, form in zip(region.inputs, (*forms, x), strict=True)
+        if (form.shape, form.dtype) == (output.shape, output.dtype)
+    ]
+    if not alike:
+        raise UnsupportedError(
+            f"'{region.output.name}' is {list(output.shape)}, and no form of the activations "
+            "before the experts is"
+        )
+    source, form = alike[0]
+    feeds = {"input": form, "router_probs": logits}
+    weights = {name: _tensor(name, parts) for name, parts in _stacked(region, activation).items()}
+    worst = []
+    for normalize in (1, 0):
+        match = _Match(region, activation, source, normalize)
+        inputs = [name if name in (*weights, *feeds) else "" for name in _PLACES]
+        proto = helper.make_node("MoE", inputs, ["output"], domain=DOMAIN, **match.attributes)
+        (result,) = run_nodes([proto], feeds, weights, ["output"], opsets)
+        wide = output.astype(np.float64)
+        error = float(np.abs(result.astype(np.float64) - wide).max() / np.abs(wide).max())
+        if error <= _TOLERANCE.get(np.dtype(dtype), 2e-2):
+            return match
+        worst.append(error)
+    raise UnsupportedError(
+        f"a MoE of its experts computes something else (off by {min(worst):.1e} of the largest "
+        "value); MoE routes by a softmax of the logits, and adds up what the chosen experts give"
+    )
+
+
+def _shape(start: ir.Value, tokens: int, hidden: int) -> tuple[tuple[int, ...], dict[str, int]]:
+    """A shape of the activations with so many tokens, and the sizes of named dimensions."""
+    if start.shape is None:
+        return (2, -(-tokens // 2), hidden), {}
+    lead = list(start.shape)[:-1]
+    wanted = (2, -(-tokens // 2)) if len(lead) == 2 else (tokens, *[1] * (len(lead) - 1))
+    sizes, shape = {}, []
+    for dimension, size in zip(lead, wanted, strict=True):
+        shape.append(dimension if isinstance(dimension, int) else size)
+        if not isinstance(dimension, int) and dimension.value is not None:
+            sizes[str(dimension.value)] = size
+    return (*shape, hidden), sizes
+
+
+def _stacked(region: Region, activation: Activation) -> dict[str, Iterator[Array]]:
+    """Weights [N, K] and biases [N] of the node, an expert at a time."""
+
+    def first_rows(expert: int, parts: list[Array]) -> Array:
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if activation.ups is None:
+            return rows[activation.gates]
+        both = np.stack([rows[activation.gates], rows[activation.ups]], axis=1)
+        return both.reshape(-1, *rows.shape[1:])
+
+    def members(expert: int) -> tuple[tuple[Product, ...], Product]:
+        member = region.experts[expert if len(region.experts) > 1 else 0]
+        return member.first, member.second
+
+    def fc1() -> Iterator[Array]:
+        for expert in range(region.count):
+            yield first_rows(expert, [product.matrix(expert) for product in members(expert)[0]])
+
+    def fc2() -> Iterator[Array]:
+        for expert in range(region.count):
+            yield members(expert)[1].matrix(expert)
+
+    def fc1_bias() -> Iterator[Array]:
+        for expert in range(region.count):
+            yield first_rows(expert, [_bias(p, expert) for p in members(expert)[0]])
+
+    def fc2_bias() -> Iterator[Array]:
+        for expert in range(region.count):
+            yield _bias(members(expert)[1], expert)
+
+    made = {"fc1": fc1(), "fc2": fc2()}
+    if any(first.bias for expert in region.experts for first in expert.first):
+        made["fc1_bias"] = fc1_bias()
+    if any(expert.second.bias for expert in region.experts):
+        made["fc2_bias"] = fc2_bias()
+    return made
+
+
+def _bias(product: Product, expert: int) -> Array:
+    row = product.bias_row(expert)
+    return np.zeros(product.n, product.tensor.dtype.numpy()) if row is None else row
+
+
+def _tensor(name: str, parts: Iterator[Array]) -> ir.TensorProtocol:
+    return ir.Tensor(np.stack(list(parts)), name=name)
+
+
+def _replace(match: _Match, graph: ir.Graph, names: Names, store: Store) -> None:
+    """Puts the node in the place of a region."""
+    region = match.region
+    values: dict[str, ir.Value] = {"input": match.source, "router_probs": region.logits}
+    for place, parts in _stacked(region, match.activation).items():
+        name = names.new(f"{label(region.topk)}/MoE.{place}")
+        values[place] = add_initializer(graph, _stream(store, name, region.count, parts))
+    last = max(map(_PLACES.index, values))
+    inputs = [values.get(place) for place in _PLACES[: last + 1]]
+    node = ir.Node(DOMAIN, "MoE", inputs, name=f"{label(region.topk)}/MoE")
+    set_attributes(node, match.attributes)
+    old, made = region.output, node.outputs[0]
+    dead = old.producer()
+    assert dead is not None
+    made.type, made.shape = old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
+    made.name, old.name = old.name, names.new(f"{old.name}.replaced")
+    graph.insert_before(dead, node)
+    _remove_unread(graph, dead)
+
+
+def _stream(store: Store, name: str, count: int, parts: Iterator[Array]) -> ir.TensorProtocol:
+    first = next(parts)
+
+    def contents() -> Iterator[npt.NDArray[np.uint8]]:
+        yield np.ascontiguousarray(first).reshape(-1).view(np.uint8)
+        for part in parts:
+            yield np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+
+    dtype = ir.DataType.from_numpy(first.dtype)
+    return store.stream(name, dtype, (count, *first.shape), contents())
+
+
+def _remove_unread(graph: ir.Graph, start: ir.Node) -> None:
+    """Removes a node that nobody reads, and what was computed for it alone."""
+    waiting = [start]
+    while waiting:
+        node = waiting.pop()
+        if node.graph is not graph:
+            continue  # removed before
+        if any(output.uses() or output.is_graph_output() for output in node.outputs):
+            continue
+        inputs = [value for value in node.inputs if value is not None]
+        graph.remove(node, safe=True)
+        for value in inputs:
+            producer = value.producer()
+            if producer is None:
+                drop_if_unused(value)
+            elif producer.graph is graph:
+                waiting.append(producer)
