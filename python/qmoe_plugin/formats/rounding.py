@@ -79,13 +79,22 @@ def by_range(
     return Quantized(codes, scales.reshape(shape).astype(scale_dtype), zero_points)
 
 
-def by_magnitude(fmt: Format, weights: Array, block_size: int, scale_dtype: DType) -> Quantized:
+def by_magnitude(
+    fmt: Format,
+    weights: Array,
+    block_size: int,
+    scale_dtype: DType,
+    largest_of_all: float | None = None,
+) -> Quantized:
     """Float32 weights [..., N, K] in a format whose scales follow the largest magnitudes."""
     *lead, n, k = weights.shape
     top = np.float32(min(np.nanmax(fmt.values), -np.nanmin(fmt.values)))
     if top <= 0:
         raise ValueError("values of both signs are needed for scales of a small float type")
-    largest = np.abs(weights).max(axis=(-2, -1))  # of each expert, [...]
+    if largest_of_all is None:
+        largest = np.abs(weights).max(axis=(-2, -1))  # of each expert, [...]
+    else:
+        largest = np.full(tuple(lead), largest_of_all, dtype=np.float32)
     global_scale = np.ones(tuple(lead), dtype=np.float32)
     if fmt.square_blocks and not block_size:
         global_scale = np.where(largest > 0, largest / top, np.float32(1))

@@ -32,6 +32,7 @@ def quantize_mse(
     *,
     symmetric: bool = True,
     scale_dtype: npt.DTypeLike = np.float32,
+    largest: float | None = None,
     importance: Array | None = None,
 ) -> Quantized:
     """Quantises like `Format.quantize`, then searches better scales.
@@ -45,13 +46,16 @@ def quantize_mse(
         block_size: As for `Format.quantize`, and so the next two.
         symmetric: Without zero points.
         scale_dtype: Type of scales that may have several.
+        largest: As for `Format.quantize`.
         importance: Factors on the squared errors of each column, [K], not negative: how much what
             the weights are multiplied with varies, its second moment. None for 1.
     """
     weights = np.asarray(weights)
     if weights.ndim != 2:
         raise ValueError(f"weights must be one matrix [N, K], given {list(weights.shape)}")
-    start = fmt.quantize(weights, block_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    start = fmt.quantize(
+        weights, block_size, symmetric=symmetric, scale_dtype=scale_dtype, largest=largest
+    )
     if block_size is None:
         block_size = fmt.only_block_size or 0
     values = np.ascontiguousarray(weights, dtype=np.float32)

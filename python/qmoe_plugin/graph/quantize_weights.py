@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,7 +136,11 @@ class _Pieces:
 
 
 def quantize_weight(
-    weight: Weight, search: str, store: Store, names: Names
+    weight: Weight,
+    search: str,
+    store: Store,
+    names: Names,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, ir.TensorProtocol]:
     """Quantises a weight.
 
@@ -145,6 +149,7 @@ def quantize_weight(
         search: One of `SEARCHES`.
         store: Takes the tensors.
         names: Gives them names.
+        advance: Called with how many weights were done, time and again.
 
     Returns:
         The tensors of the node that the format has: "codes", "scales", "zero_points",
@@ -167,7 +172,7 @@ def quantize_weight(
             names.new(f"{weight.name}.{weight.format.name}"),
             ir.DataType.UINT8,
             (*lead, n, *weight.row_shape),
-            _codes(weight, search, pieces),
+            _codes(weight, search, pieces, advance),
         )
     }
     if pieces.scales:
@@ -188,29 +193,36 @@ def quantize_weight(
     return tensors
 
 
-def _codes(weight: Weight, search: str, pieces: _Pieces) -> Iterator[npt.NDArray[np.uint8]]:
+def _codes(
+    weight: Weight, search: str, pieces: _Pieces, advance: Callable[[int], None]
+) -> Iterator[npt.NDArray[np.uint8]]:
     """The codes of some rows at a time, uint8 [rows, bytes]; the rest goes to `pieces`."""
     experts, n, _ = weight.shape
-    read, rows_at_once = _Rows(weight), _rows_at_once(weight)
+    read, rows_at_once = _Rows(weight), _rows_at_once(weight, search)
+    pieces_of = [(start, min(start + rows_at_once, n)) for start in range(0, n, rows_at_once)]
     for expert in range(experts):
-        for start in range(0, n, rows_at_once):
-            rows = read(expert, start, min(start + rows_at_once, n))
-            quantized = _quantize(weight, search, rows)
+        largest = None
+        if len(pieces_of) > 1 and weight.format.has_global_scale(weight.block_size):
+            largest = max(float(np.abs(read(expert, *piece)).max()) for piece in pieces_of)
+        for start, stop in pieces_of:
+            rows = read(expert, start, stop)
+            quantized = _quantize(weight, search, rows, largest)
             pieces.take(quantized, first=start == 0)
             padding = math.prod(weight.row_shape) - quantized.codes.shape[-1]
             yield np.ascontiguousarray(np.pad(quantized.codes, ((0, 0), (0, padding))))
+            advance(rows.size)
 
 
-def _rows_at_once(weight: Weight) -> int:
-    """Rows that are quantised together: all of them where a scale is found from all of them."""
+def _rows_at_once(weight: Weight, search: str) -> int:
+    """Rows that are quantised together: all of them where a scale of all of them is searched."""
     fmt, (_, n, k) = weight.format, weight.shape
-    if fmt.scale_type == "float8e4m3fn" or (fmt.square_blocks and not weight.block_size):
+    if search == "mse" and fmt.square_blocks and not weight.block_size:
         return n
     unit = max(_ROWS_UNIT, weight.block_size if fmt.square_blocks else 1)
     return max(1, _WEIGHTS_AT_ONCE // k // unit) * unit
 
 
-def _quantize(weight: Weight, search: str, values: Array) -> Quantized:
+def _quantize(weight: Weight, search: str, values: Array, largest: float | None) -> Quantized:
     if not np.isfinite(values).all():
         raise UnsupportedError(f"'{weight.name}' holds NaN or infinity, which no format has")
     quantize = formats.quantize_mse if search == "mse" else formats.Format.quantize
@@ -220,4 +232,5 @@ def _quantize(weight: Weight, search: str, values: Array) -> Quantized:
         weight.block_size,
         symmetric=weight.symmetric,
         scale_dtype=weight.tensor.dtype.numpy(),
+        largest=largest,
     )
