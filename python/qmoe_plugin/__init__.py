@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from qmoe_plugin import formats
+from qmoe_plugin.graph.calibrate import calibrate
 from qmoe_plugin.graph.fuse import fuse
 from qmoe_plugin.graph.prepack import prepack
 from qmoe_plugin.graph.quantize import quantize
@@ -30,6 +31,7 @@ except _PackageNotFoundError:  # a source tree on PYTHONPATH
 __all__ = [
     "DOMAIN",
     "__version__",
+    "calibrate",
     "explain",
     "formats",
     "fuse",

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import qmoe_plugin
-from qmoe_plugin import cli_fuse, doctor
+from qmoe_plugin import cli_calibrate, cli_fuse, doctor
 from qmoe_plugin.graph.inspect import explain_model
 from qmoe_plugin.graph.quantize_rules import parse_rule
 from qmoe_plugin.graph.quantize_weights import SEARCHES
@@ -80,12 +80,16 @@ def _parser() -> argparse.ArgumentParser:
         help="format of what the expression is found in, nodes or weights; or keep. The first "
         "that matches counts",
     )
-    command.add_argument("--search", choices=SEARCHES, default="nearest", help="how scales are set")
+    command.add_argument("--search", choices=SEARCHES, help="how scales are set (nearest)")
+    command.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="made by calibrate; for --search mse"
+    )
     command.add_argument("--dry-run", action="store_true", help="only say what would be done")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_quantize)
 
     cli_fuse.add_command(commands)
+    cli_calibrate.add_command(commands)
 
     command = commands.add_parser("prepack", help="pack the weights, for a fast start")
     command.add_argument("input", type=Path, metavar="IN", help="ONNX model")
@@ -164,6 +168,7 @@ def _quantize(options: argparse.Namespace) -> int:
             format=options.format,
             rules=options.rule,
             search=options.search,
+            calibration=options.calibration,
             dry_run=options.dry_run,
             progress=bar,
         )

@@ -12,6 +12,7 @@ Progress = Callable[[str, int, int], None]
 
 _INTERVAL = 0.1  # seconds between two drawings
 _WIDTH = 30
+_MANY = 10_000_000
 _CLEAR = "\r\033[K"
 
 
@@ -19,7 +20,7 @@ class Bar:
     """Draws on standard error, if that is a terminal; what it drew goes when the block ends."""
 
     def __init__(self, unit: str) -> None:
-        """Makes one that counts millions of a unit."""
+        """Makes one; many of a unit are counted in millions."""
         self._unit = unit
         self._shown = sys.stderr.isatty()
 
@@ -37,7 +38,8 @@ class Bar:
         share = done / total if total else 1.0
         left = (now - self._start) * (1 / share - 1) if share else 0.0
         bar = "#" * int(_WIDTH * share)
-        text = f"[{bar:<{_WIDTH}}] {share:4.0%} of {total / 1e6:,.0f} M {self._unit}"
+        amount = f"{total / 1e6:,.0f} M" if total >= _MANY else f"{total}"
+        text = f"[{bar:<{_WIDTH}}] {share:4.0%} of {amount} {self._unit}"
         text += f", {_time(left)} left  {what}"
         sys.stderr.write(f"{_CLEAR}{text}")
         sys.stderr.flush()

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qmoe_plugin.graph.describe import UnsupportedError
+from qmoe_plugin.graph.external_data import raw_bytes
 from qmoe_plugin.graph.inputs import Constant, constant_tensor, given, string
 from qmoe_plugin.graph.moe import WEIGHTS
 from qmoe_plugin.graph.packed import is_packed
@@ -40,6 +43,14 @@ class ExpertWeights:
         if self.transposed and len(shape) == 3:
             shape = (shape[0], shape[2], shape[1])
         return Constant(self.name, self.tensor.dtype, shape)
+
+    def matrix(self, expert: int) -> npt.NDArray[np.float32]:
+        """The weights of an expert, [N, K]."""
+        experts, *shape = self.tensor.shape.numpy()
+        size = self.tensor.nbytes // experts
+        raw = raw_bytes(self.tensor, expert * size, size)
+        matrix = raw.view(self.tensor.dtype.numpy()).reshape(shape).astype(np.float32)
+        return matrix.T if self.transposed else matrix
 
 
 def expert_weights(node: ir.Node) -> dict[str, ExpertWeights]:

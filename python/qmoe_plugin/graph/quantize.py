@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import overload
 
 import onnx_ir as ir
 
+from qmoe_plugin.graph.calibration import Calibration
 from qmoe_plugin.graph.describe import STOCK_DOMAIN, UnsupportedError
 from qmoe_plugin.graph.edit import Names
 from qmoe_plugin.graph.external_data import Memory, Store
@@ -43,7 +45,8 @@ def quantize(
     *,
     format: str = ...,
     rules: Sequence[tuple[str, str]] = ...,
-    search: str = ...,
+    search: str | None = ...,
+    calibration: PathLike | None = ...,
     dry_run: bool = ...,
     progress: Progress | None = ...,
 ) -> QuantizeReport: ...
@@ -54,7 +57,8 @@ def quantize(
     *,
     format: str = ...,
     rules: Sequence[tuple[str, str]] = ...,
-    search: str = ...,
+    search: str | None = ...,
+    calibration: PathLike | None = ...,
     dry_run: bool = ...,
     progress: Progress | None = ...,
 ) -> QuantizeReport: ...
@@ -64,7 +68,8 @@ def quantize(
     *,
     format: str = "int4",
     rules: Sequence[tuple[str, str]] = (),
-    search: str = "nearest",
+    search: str | None = None,
+    calibration: PathLike | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
@@ -86,7 +91,9 @@ def quantize(
             a format of its own, fc3 that of fc1.
         search: "nearest" for scales that reach each block's largest weight, "mse" for scales
             searched for the least squared error, see `qmoe_plugin.formats.quantize_mse`: better,
-            and slower by an order of magnitude.
+            and several times slower. None for "mse" if there is a calibration file, else "nearest".
+        calibration: A file of `qmoe_plugin.calibrate`, for a search that counts the error of each
+            column as much as that matters. Of the same float model: weights are known by name.
         dry_run: Only say what would be done. `output` is then not needed.
         progress: Called time and again with the name of a node, the weights done and all weights.
 
@@ -97,29 +104,28 @@ def quantize(
     Raises:
         ValueError: For bad specs, rules and models, and if a file of the model would be replaced.
     """
+    if search is None:
+        search = "nearest" if calibration is None else "mse"
     if search not in SEARCHES:
         raise ValueError(f"search is '{search}'; allowed are {', '.join(SEARCHES)}")
+    if calibration is not None and search != "mse":
+        raise ValueError(f"calibration is for search='mse', which it is by default, not '{search}'")
     parsed = Rules(rules, format)
+    seen = None if calibration is None else Calibration.load(calibration)
     if dry_run:
-        planned = Quantize(parsed, search, Memory(), dry_run=True)
+        planned = Quantize(parsed, search, Memory(), calibration=seen, dry_run=True)
         planned(read(model))
         report = planned.report
     else:
-        report = rewrite(
-            model,
-            output,
-            lambda decoded, store: _quantize(decoded, parsed, search, store, progress),
-        )
+
+        def change(decoded: ir.Model, store: Store) -> QuantizeReport:
+            made = Quantize(parsed, search, store, calibration=seen, progress=progress)
+            made(decoded)
+            return made.report
+
+        report = rewrite(model, output, change)
     report.log()
     return report
-
-
-def _quantize(
-    model: ir.Model, rules: Rules, search: str, store: Store, progress: Progress | None
-) -> QuantizeReport:
-    change = Quantize(rules, search, store, progress=progress)
-    change(model)
-    return change.report
 
 
 class Quantize(ir.passes.InPlacePass):
@@ -131,6 +137,7 @@ class Quantize(ir.passes.InPlacePass):
         search: str,
         store: Store,
         *,
+        calibration: Calibration | None = None,
         dry_run: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -140,13 +147,15 @@ class Quantize(ir.passes.InPlacePass):
             rules: Say the format of each weight.
             search: One of `SEARCHES`.
             store: Takes the quantised weights.
+            calibration: What columns matter how much.
             dry_run: Only report.
             progress: Called with what is done.
         """
         super().__init__()
         self.report = QuantizeReport(search)
         self._rules, self._search, self._store, self._dry_run = rules, search, store, dry_run
-        self._progress = progress
+        self._calibration, self._progress = calibration, progress
+        self._uncalibrated: list[str] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Changes the model, and sets `report`."""
@@ -186,6 +195,7 @@ class Quantize(ir.passes.InPlacePass):
             already,
             self._rules.unmatched,
             self._dry_run,
+            tuple(dict.fromkeys(self._uncalibrated)),
         )
         return ir.passes.PassResult(model, bool(quantized) and not self._dry_run)
 
@@ -222,7 +232,20 @@ class Quantize(ir.passes.InPlacePass):
                 "first"
             )
         plan = plan_moe(node, spec_of) if spec is None else plan_product(node, spec)
-        return plan, warning
+        return self._calibrated(plan), warning
+
+    def _calibrated(self, plan: Plan) -> Plan:
+        """The plan with the importance of columns, where it is known."""
+        if self._calibration is None:
+            return plan
+        weights = []
+        for weight in plan.weights:
+            experts, _, k = weight.shape
+            importance = self._calibration.of(weight.name, experts, k)
+            if importance is None:
+                self._uncalibrated.append(weight.name)
+            weights.append(dataclasses.replace(weight, importance=importance))
+        return dataclasses.replace(plan, weights=tuple(weights))
 
     def _apply(self, planned: _Planned, names: Names, counter: _Counter) -> None:
         if self._dry_run:

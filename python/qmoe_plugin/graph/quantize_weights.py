@@ -44,6 +44,7 @@ class Weight:
         whole_blocks: Whether rows are padded to whole blocks, as MatMulNBits has them.
         ups: Of the shape of `tensor`, whose rows are gates: rows of both will alternate, g0, u0, g1
             and so on. None if there is nothing to merge.
+        importance: Of its columns, [E, K], for the search; None if all matter the same.
     """
 
     role: str
@@ -55,6 +56,7 @@ class Weight:
     symmetric: bool
     whole_blocks: bool
     ups: ir.TensorProtocol | None = None
+    importance: Array | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -206,7 +208,7 @@ def _codes(
             largest = max(float(np.abs(read(expert, *piece)).max()) for piece in pieces_of)
         for start, stop in pieces_of:
             rows = read(expert, start, stop)
-            quantized = _quantize(weight, search, rows, largest)
+            quantized = _quantize(weight, search, rows, largest, expert)
             pieces.take(quantized, first=start == 0)
             padding = math.prod(weight.row_shape) - quantized.codes.shape[-1]
             yield np.ascontiguousarray(np.pad(quantized.codes, ((0, 0), (0, padding))))
@@ -222,15 +224,26 @@ def _rows_at_once(weight: Weight, search: str) -> int:
     return max(1, _WEIGHTS_AT_ONCE // k // unit) * unit
 
 
-def _quantize(weight: Weight, search: str, values: Array, largest: float | None) -> Quantized:
+def _quantize(
+    weight: Weight, search: str, values: Array, largest: float | None, expert: int
+) -> Quantized:
     if not np.isfinite(values).all():
         raise UnsupportedError(f"'{weight.name}' holds NaN or infinity, which no format has")
-    quantize = formats.quantize_mse if search == "mse" else formats.Format.quantize
-    return quantize(
+    scale_dtype = weight.tensor.dtype.numpy()
+    if search != "mse":
+        return weight.format.quantize(
+            values,
+            weight.block_size,
+            symmetric=weight.symmetric,
+            scale_dtype=scale_dtype,
+            largest=largest,
+        )
+    return formats.quantize_mse(
         weight.format,
         values,
         weight.block_size,
         symmetric=weight.symmetric,
-        scale_dtype=weight.tensor.dtype.numpy(),
+        scale_dtype=scale_dtype,
         largest=largest,
+        importance=None if weight.importance is None else weight.importance[expert],
     )
