@@ -220,6 +220,13 @@ def test_wrong_data(tmp_path, options, text):
     assert not (tmp_path / "c.npz").exists()
 
 
+def test_a_run_that_fails_says_so(tmp_path):
+    path, _ = decoder(tmp_path / "m.onnx")
+    with pytest.raises(RuntimeError, match=r"run 1 failed: .*indices element out of data bounds"):
+        qmoe_plugin.calibrate(path, tmp_path / "c.npz", data=[{"input_ids": [[VOCABULARY]]}])
+    assert not (tmp_path / "c.npz").exists()
+
+
 def test_wrong_files(tmp_path):
     case = MoECase()
     model = case.model(case.tensors())

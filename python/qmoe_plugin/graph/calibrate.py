@@ -96,7 +96,15 @@ def calibrate(
     for run in runs:
         for given in [run] if isinstance(run, Mapping) else from_files([run]):
             feeds = complete(given, inputs)
-            results = opened.run(wanted, feeds)
+            try:
+                results = opened.run(wanted, feeds)
+            except Exception as error:
+                first = str(error).strip().splitlines()[0]
+                made = ", ".join(sorted(set(feeds) - set(given)))
+                raise RuntimeError(
+                    f"run {done + 1} failed: {first}"
+                    + (f"; made up were {made}: give them in an .npz file" if made else "")
+                ) from error
             collector.take(dict(zip(wanted, results, strict=True)))
             done, tokens = done + 1, tokens + count_tokens(feeds)
             if progress is not None:

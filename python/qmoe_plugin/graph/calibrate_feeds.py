@@ -79,14 +79,13 @@ def complete(given: Mapping[str, Array], inputs: Sequence[Input]) -> Feeds:
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"the model has no input {', '.join(unknown)}; it has {', '.join(known)}")
-    batch, length = next(
-        (array.shape[:2] for name, array in given.items() if array.ndim >= 2), (1, 1)
-    )
+    arrays = {name: np.asarray(array) for name, array in given.items()}
+    batch, length = _tokens_shape(arrays)
     feeds: Feeds = {}
     for name, value in known.items():
         dtype = _TYPES.get(value.type)
-        if name in given:
-            array = given[name]
+        if name in arrays:
+            array = arrays[name]
             feeds[name] = array if dtype is None or array.dtype == dtype else array.astype(dtype)
         elif dtype is None:
             raise ValueError(f"give input '{name}', {value.type}: it cannot be made up")
@@ -121,6 +120,15 @@ def count_tokens(feeds: Mapping[str, Array]) -> int:
     """Tokens of a run."""
     ids = feeds.get(_TOKENS)
     return 0 if ids is None else math.prod(ids.shape)
+
+
+def _tokens_shape(arrays: Mapping[str, Array]) -> tuple[int, int]:
+    """Batch and length, by the tokens or else by the first array that has both."""
+    ordered = [arrays[_TOKENS]] if _TOKENS in arrays else list(arrays.values())
+    for array in ordered:
+        if array.ndim >= 2:
+            return array.shape[0], array.shape[1]
+    return 1, 1
 
 
 def _empty(shape: Sequence[int | str | None], batch: int) -> tuple[int, ...]:
