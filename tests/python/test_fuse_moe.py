@@ -205,6 +205,51 @@ def test_then_quantize():
     assert np.abs(runs(model) - before).max() < 0.05 * np.abs(before).max()
 
 
+def quantized_experts(spec="int4", domain="com.microsoft", **options):
+    """Experts that were quantised before they are fused, as MatMulNBits of this domain."""
+    model = dense_model(**options)
+    qmoe_plugin.quantize(model, format=spec)
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            node.domain = domain
+    if domain == "com.microsoft":
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+@pytest.mark.parametrize("domain", ["com.microsoft", "qmoe_plugin"])
+@pytest.mark.parametrize("spec", ["int4", "int4:16:asymmetric", "int8:32:asymmetric"])
+@pytest.mark.parametrize("kind", ["biased", "gemm", "gpt_oss", "relu"])
+def test_quantised_experts_become_qmoe(kind, spec, domain):
+    model = quantized_experts(spec, domain, expert=EXPERTS[kind])
+    before, constants = runs(model), initializers(model)
+    (report, *_) = qmoe_plugin.fuse(model)
+    assert "selects in a QMoE of 4 experts" in report.fused[0].change
+    op_types = [node.op_type for node in model.graph.node]
+    assert (op_types.count("QMoE"), op_types.count("MatMulNBits")) == (1, 0)
+    after = runs(model)
+    assert np.abs(after - before).max() <= 1e-4 * np.abs(before).max()
+    attributes = attributes_of(node_of(model, "QMoE"))
+    assert attributes["expert_weight_bits"] == int(spec[3])
+    made = initializers(model)
+    assert ("asymmetric" in spec) == any(name.endswith("fc1_zero_points") for name in made)
+    codes = sum(v.size for v in constants.values() if v.dtype == np.uint8 and v.ndim == 3)
+    assert sum(v.size for v in made.values() if v.dtype == np.uint8 and v.ndim == 3) >= codes
+
+
+def test_quantised_experts_that_differ_stay():
+    b = dense_model(biased)
+    qmoe_plugin.quantize(b, format="int4", rules=[("c9|c10", "int8")])
+    assert {a.i for n in b.graph.node for a in n.attribute if a.name == "bits"} == {4, 8}
+    (report, *_) = qmoe_plugin.fuse(b)
+    assert "the weights of experts differ in their types" in report.kept[0].reason
+
+
+def test_experts_in_a_format_that_fuse_does_not_take_stay():
+    (report, *_) = qmoe_plugin.fuse(quantized_experts("mxfp4", "qmoe_plugin"))
+    assert "is no MatMulNBits of integers in whole blocks" in report.kept[0].reason
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -264,7 +309,7 @@ def test_files_and_the_command(tmp_path):
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)[0]
-    text = "selects in a MoE of 4 experts, 2 a token, 64 x 32, swiglu, with normalised weights"
+    text = "selects in a MoE of 4 experts, 2 a token, 64 x 32, swiglu, normalised probabilities"
     assert report["fused"][0]["change"] == text
     x = np.ones((1, 2, H), np.float32)
     results = [open_session(p).run(None, {"x": x})[0] for p in (path, output)]

@@ -32,9 +32,9 @@ def fuse(
     """Fuses nodes of a model into our ops. What it computes stays the same.
 
     "moe": experts that an exporter wrote in single nodes (all for all tokens, or in a loop, or with
-    weights gathered for each token), selected by a TopK, become MoE; `quantize` makes it QMoE. That
-    both compute the same is tried with random activations in onnxruntime, which takes the memory of
-    one layer's experts a few times.
+    weights gathered for each token), selected by a TopK, become MoE, or QMoE where they are
+    MatMulNBits. That both compute the same is tried with random activations in onnxruntime, which
+    takes the memory of one layer's experts a few times.
 
     "bias": MatMulNBits and the Add of a constant bias become MatMulNBits with a bias.
 

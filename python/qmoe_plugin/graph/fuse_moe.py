@@ -1,4 +1,4 @@
-"""Fuses dense fallbacks of a Mixture of Experts into nodes MoE.
+"""Fuses dense fallbacks of a Mixture of Experts into nodes MoE, or QMoE where they are quantised.
 
 What a TopK selects is found by `moe_region.py`, in whatever nodes it is written; that the op
 computes the same is shown by running both on random activations.
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx import helper
 
+from qmoe_plugin.graph import moe, qmoe
 from qmoe_plugin.graph.describe import UnsupportedError
 from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused, set_attributes
 from qmoe_plugin.graph.external_data import Store
@@ -29,8 +30,16 @@ from qmoe_plugin.report import FuseReport, NodeReport
 
 Array = npt.NDArray[Any]
 
-_PLACES = ("input", "router_probs", "fc1", "fc1_bias", "fc2", "fc2_bias")
+_INPUTS = {"MoE": moe.STOCK_INPUTS, "QMoE": qmoe.INPUTS}
+_NAMES = {
+    "weights": "{}_experts_weights",
+    "bias": "{}_experts_bias",
+    "scales": "{}_scales",
+    "zero_points": "{}_zero_points",
+}
 _TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2}
+_ROUNDED_ACTIVATIONS = 4  # accuracy_level that lets kernels round them to int8
+_ROUNDED_TOLERANCE = 0.05
 _FEWEST_TOKENS = 16
 
 
@@ -47,7 +56,13 @@ class _Match:
     def attributes(self) -> dict[str, Any]:
         """Of the node."""
         routing = {"k": self.region.k, "normalize_routing_weights": self.normalize}
-        return {**self.activation.attributes, **routing}
+        weights = self.region.experts[0].second.attributes
+        return {**self.activation.attributes, **routing, **weights}
+
+    @property
+    def op_type(self) -> str:
+        """MoE, or QMoE of quantised weights."""
+        return "QMoE" if self.region.experts[0].second.attributes else "MoE"
 
 
 class FuseMoE(ir.passes.InPlacePass):
@@ -94,9 +109,10 @@ class FuseMoE(ir.passes.InPlacePass):
         region = match.region
         hidden, inter, _ = check_shapes(region)
         kind = match.activation.attributes["activation_type"]
+        weights = "normalised" if match.normalize else "plain"
         return (
-            f"selects in a MoE of {region.count} experts, {region.k} a token, {hidden} x {inter}, "
-            f"{kind}, {'with' if match.normalize else 'without'} normalised weights"
+            f"selects in a {match.op_type} of {region.count} experts, {region.k} a token, "
+            f"{hidden} x {inter}, {kind}, {weights} probabilities"
         )
 
 
@@ -128,8 +144,8 @@ def _prove(
     Raises:
         UnsupportedError: If they do not give the same.
     """
-    dtype = region.experts[0].second.tensor.dtype.numpy()
-    hidden = region.experts[0].second.n
+    second = region.experts[0].second
+    hidden, dtype = second.n, second.dtype
     start = region.inputs[-1]
     part = Part([start], [region.output, region.logits, *region.inputs[:-1]], order, opsets)
     tokens = max(_FEWEST_TOKENS, 4 * region.count // region.k)
@@ -148,16 +164,20 @@ def _prove(
         )
     source, form = alike[0]
     feeds = {"input": form, "router_probs": logits}
+    allowed = _TOLERANCE.get(dtype, 2e-2)
+    if second.attributes.get("accuracy_level") == _ROUNDED_ACTIVATIONS:
+        allowed = _ROUNDED_TOLERANCE
     weights = {name: _tensor(name, parts) for name, parts in _stacked(region, activation).items()}
     worst = []
     for normalize in (1, 0):
         match = _Match(region, activation, source, normalize)
-        inputs = [name if name in (*weights, *feeds) else "" for name in _PLACES]
-        proto = helper.make_node("MoE", inputs, ["output"], domain=DOMAIN, **match.attributes)
+        op = match.op_type
+        inputs = [name if name in (*weights, *feeds) else "" for name in _INPUTS[op]]
+        proto = helper.make_node(op, inputs, ["output"], domain=DOMAIN, **match.attributes)
         (result,) = run_nodes([proto], feeds, weights, ["output"], opsets)
         wide = output.astype(np.float64)
         error = float(np.abs(result.astype(np.float64) - wide).max() / np.abs(wide).max())
-        if error <= _TOLERANCE.get(np.dtype(dtype), 2e-2):
+        if error <= allowed:
             return match
         worst.append(error)
     raise UnsupportedError(
@@ -181,46 +201,34 @@ def _shape(start: ir.Value, tokens: int, hidden: int) -> tuple[tuple[int, ...], 
 
 
 def _stacked(region: Region, activation: Activation) -> dict[str, Iterator[Array]]:
-    """Weights [N, K] and biases [N] of the node, an expert at a time."""
+    """The constant inputs of the node by name, an expert at a time, [N, ...] each."""
 
-    def first_rows(expert: int, parts: list[Array]) -> Array:
-        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if activation.ups is None:
-            return rows[activation.gates]
-        both = np.stack([rows[activation.gates], rows[activation.ups]], axis=1)
-        return both.reshape(-1, *rows.shape[1:])
-
-    def members(expert: int) -> tuple[tuple[Product, ...], Product]:
+    def members(role: str, expert: int) -> tuple[Product, ...]:
         member = region.experts[expert if len(region.experts) > 1 else 0]
-        return member.first, member.second
+        return member.first if role == "fc1" else (member.second,)
 
-    def fc1() -> Iterator[Array]:
+    def part(product: Product, kind: str, expert: int) -> Array:
+        return product.bias_row(expert) if kind == "bias" else product.rows(expert)[kind]
+
+    def parts(role: str, kind: str) -> Iterator[Array]:
         for expert in range(region.count):
-            yield first_rows(expert, [product.matrix(expert) for product in members(expert)[0]])
+            rows = np.concatenate([part(p, kind, expert) for p in members(role, expert)])
+            yield _in_order(rows, activation) if role == "fc1" else rows
 
-    def fc2() -> Iterator[Array]:
-        for expert in range(region.count):
-            yield members(expert)[1].matrix(expert)
-
-    def fc1_bias() -> Iterator[Array]:
-        for expert in range(region.count):
-            yield first_rows(expert, [_bias(p, expert) for p in members(expert)[0]])
-
-    def fc2_bias() -> Iterator[Array]:
-        for expert in range(region.count):
-            yield _bias(members(expert)[1], expert)
-
-    made = {"fc1": fc1(), "fc2": fc2()}
-    if any(first.bias for expert in region.experts for first in expert.first):
-        made["fc1_bias"] = fc1_bias()
-    if any(expert.second.bias for expert in region.experts):
-        made["fc2_bias"] = fc2_bias()
+    made: dict[str, Iterator[Array]] = {}
+    for role in ("fc1", "fc2"):
+        products = [p for expert in range(len(region.experts)) for p in members(role, expert)]
+        kinds = [*products[0].rows(0), *(["bias"] if any(p.bias for p in products) else [])]
+        made |= {_NAMES[kind].format(role): parts(role, kind) for kind in kinds}
     return made
 
 
-def _bias(product: Product, expert: int) -> Array:
-    row = product.bias_row(expert)
-    return np.zeros(product.n, product.tensor.dtype.numpy()) if row is None else row
+def _in_order(rows: Array, activation: Activation) -> Array:
+    """Rows of the first layers as the node has them: gates and ups alternate."""
+    if activation.ups is None:
+        return rows[activation.gates]
+    both = np.stack([rows[activation.gates], rows[activation.ups]], axis=1)
+    return both.reshape(-1, *rows.shape[1:])
 
 
 def _tensor(name: str, parts: Iterator[Array]) -> ir.TensorProtocol:
@@ -232,11 +240,12 @@ def _replace(match: _Match, graph: ir.Graph, names: Names, store: Store) -> None
     region = match.region
     values: dict[str, ir.Value] = {"input": match.source, "router_probs": region.logits}
     for place, parts in _stacked(region, match.activation).items():
-        name = names.new(f"{label(region.topk)}/MoE.{place}")
+        name = names.new(f"{label(region.topk)}/{match.op_type}.{place}")
         values[place] = add_initializer(graph, _stream(store, name, region.count, parts))
-    last = max(map(_PLACES.index, values))
-    inputs = [values.get(place) for place in _PLACES[: last + 1]]
-    node = ir.Node(DOMAIN, "MoE", inputs, name=f"{label(region.topk)}/MoE")
+    op, places = match.op_type, _INPUTS[match.op_type]
+    last = max(map(places.index, values))
+    inputs = [values.get(place) for place in places[: last + 1]]
+    node = ir.Node(DOMAIN, op, inputs, name=f"{label(region.topk)}/{op}")
     set_attributes(node, match.attributes)
     old, made = region.output, node.outputs[0]
     dead = old.producer()

@@ -53,7 +53,7 @@ def find_activation(
     inter = expert.second.k
     results = [first.result for first in expert.first]
     part = Part(results, [expert.second.activations], order, opsets)
-    dtype = expert.second.tensor.dtype.numpy()
+    dtype = expert.second.dtype
     rows, computed = _try(part, [first.n for first in expert.first], region.count, inter, dtype)
     tolerance = _TOLERANCE.get(np.dtype(dtype), 4e-3)
     for activation in _candidates(inter, rows.shape[-1], _numbers(part.nodes)):

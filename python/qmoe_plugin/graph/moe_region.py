@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from qmoe_plugin.graph.describe import UnsupportedError
 from qmoe_plugin.graph.inputs import constant_tensor, integer
-from qmoe_plugin.graph.moe_products import Product, product_of
+from qmoe_plugin.graph.moe_products import FloatProduct, Product, product_of
 from qmoe_plugin.graph.routing import products_before_scores
 from qmoe_plugin.graph.walk import label
 
@@ -204,6 +204,11 @@ def _group(nodes: list[ir.Node], router: Product) -> tuple[Expert, ...]:
             found = frozenset([product])
         elif node.op_type in ("MatMul", "Gemm"):
             raise UnsupportedError(f"the weights of {label(node)} are not constant")
+        elif node.op_type == "MatMulNBits":
+            raise UnsupportedError(
+                f"{label(node)} is no MatMulNBits of integers in whole blocks, as the model has "
+                "them before they are packed or reordered"
+            )
         nearest.update(dict.fromkeys(node.outputs, found))
     seconds = [product for product, earlier in before.items() if earlier]
     if any(before[first] for second in seconds for first in before[second]):
@@ -224,18 +229,23 @@ def _in_order(experts: list[Expert], count: int) -> tuple[Expert, ...]:
     if not experts:
         return ()
     if all(product.stack == count for e in experts for product in (*e.first, e.second)):
-        tensors = {tuple(id(p.tensor) for p in (*e.first, e.second)) for e in experts}
-        if len(tensors) != 1:
+        weights = {tuple(_address(p) for p in (*e.first, e.second)) for e in experts}
+        if len(weights) != 1:
             raise UnsupportedError("products with the weights of all experts differ in these")
         return (experts[0],)
     if len(experts) != count:
         raise UnsupportedError(f"{len(experts)} experts follow, but the router has {count} logits")
-    indices = [expert.second.index for expert in experts]
-    if None not in indices:
-        if sorted(index for index in indices if index is not None) != list(range(count)):
-            raise UnsupportedError(f"the experts that follow are {indices}")
-        experts = sorted(experts, key=lambda expert: expert.second.index or 0)
+    places = [expert.second.place for expert in experts]
+    if None not in places:
+        if sorted(place for place in places if place is not None) != list(range(count)):
+            raise UnsupportedError(f"the experts that follow are {places}")
+        experts = sorted(experts, key=lambda expert: expert.second.place or 0)
     return tuple(experts)
+
+
+def _address(product: Product) -> int:
+    """Tells stacks of weights apart."""
+    return id(product.source.tensor) if isinstance(product, FloatProduct) else id(product)
 
 
 def check_shapes(region: Region) -> tuple[int, int, bool]:
@@ -254,6 +264,6 @@ def check_shapes(region: Region) -> tuple[int, int, bool]:
         wrong = [f for f in expert.first if f.k != hidden]
         if wrong or (expert.second.n, expert.second.k) != (hidden, inter):
             raise UnsupportedError("the experts differ in their sizes")
-        if len({p.tensor.dtype for p in (*expert.first, expert.second)}) != 1:
-            raise UnsupportedError("the weights of an expert differ in their types")
+        if any(p.kind != region.experts[0].second.kind for p in (*expert.first, expert.second)):
+            raise UnsupportedError("the weights of experts differ in their types")
     return hidden, inter, next(iter(rows)) != (inter,)
