@@ -237,6 +237,20 @@ def test_quantised_experts_become_qmoe(kind, spec, domain):
     assert sum(v.size for v in made.values() if v.dtype == np.uint8 and v.ndim == 3) >= codes
 
 
+def test_rounded_activations_are_allowed_again():
+    """At accuracy_level 4, stock kernels round activations; the QMoE says that it may."""
+    model = quantized_experts()
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            node.attribute.append(helper.make_attribute("accuracy_level", 4))
+    before = runs(model)
+    (report, *_) = qmoe_plugin.fuse(model)
+    assert len(report.fused) == 1
+    assert attributes_of(node_of(model, "QMoE"))["accuracy_level"] == 4
+    errors = np.abs(runs(model) - before).max(axis=-1) / np.abs(before).max()
+    assert np.median(errors) < 0.05
+
+
 def test_quantised_experts_that_differ_stay():
     b = dense_model(biased)
     qmoe_plugin.quantize(b, format="int4", rules=[("c9|c10", "int8")])
