@@ -18,6 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -84,10 +88,50 @@ def olmoe(layers: int) -> PreTrainedModel:
     return OlmoeForCausalLM(config)
 
 
+def gpt_oss(layers: int) -> PreTrainedModel:
+    """Biases, limits, gates and ups alternating, weights [E, K, N]."""
+    config = GptOssConfig(
+        **_COMMON,
+        num_hidden_layers=layers,
+        head_dim=16,
+        intermediate_size=96,
+        num_local_experts=8,
+        num_experts_per_tok=4,
+        sliding_window=32,
+    )
+    model = GptOssForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name or "router" in name:
+                parameter.normal_(0, 0.3 if "bias" in name else 0.05)
+    return model
+
+
+def glm4_moe(layers: int) -> PreTrainedModel:
+    """Sigmoid routing over groups of experts, and a shared expert."""
+    config = Glm4MoeConfig(
+        **_COMMON,
+        num_hidden_layers=layers,
+        head_dim=16,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=0,
+        n_group=2,
+        topk_group=1,
+        routed_scaling_factor=1.5,
+    )
+    return Glm4MoeForCausalLM(config)
+
+
 MODELS: dict[str, Callable[[int], PreTrainedModel]] = {
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
     "olmoe": olmoe,
+    "gpt_oss": gpt_oss,
+    "glm4_moe": glm4_moe,
 }
 
 
@@ -104,6 +148,10 @@ EXPORTS = [
     ("olmoe", "loop", "dynamo"),
     ("olmoe", "dense", "trace"),
     ("olmoe", "batched_mm", "trace"),
+    ("gpt_oss", "eager", "trace"),
+    ("gpt_oss", "batched_mm", "trace"),
+    ("glm4_moe", "batched_mm", "trace"),
+    ("glm4_moe", "loop", "trace"),
 ]
 """Model, way of its experts, exporter of torch.onnx."""
 

@@ -30,6 +30,10 @@ EXPORTS = [
     "olmoe-loop-dynamo",
     "olmoe-dense-trace",
     "olmoe-batched_mm-trace",
+    "gpt_oss-eager-trace",
+    "gpt_oss-batched_mm-trace",
+    "glm4_moe-batched_mm-trace",
+    "glm4_moe-loop-trace",
 ]
 
 
@@ -67,7 +71,7 @@ def test_the_fused_model_has_the_same_logits(
     onnx.checker.check_model(model)
     nodes = [node.op_type for node in model.graph.node]
     assert nodes.count("MoE") == layers
-    assert "TopK" not in nodes
+    assert ("TopK" in nodes) == name.startswith("glm4")  # whose routing is no softmax
     stacks = [t for t in model.graph.initializer if len(t.dims) == 3 and np.prod(t.dims) > 4096]
     assert len(stacks) == 2 * layers, "the former weights are left beside the new ones"
     report = qmoe_plugin.quantize(fused, small, format="int8")

@@ -134,6 +134,8 @@ def dense_model(
             factor = b.op("Unsqueeze", column, b.constant([1], np.int64))
         kind = plain("Relu") if change == "odd expert" and e == 2 else expert
         part = b.op("Mul", kind(b, x), factor)
+        if change == "loud expert" and e == 1:
+            part = b.op("Mul", part, b.constant(3))
         result = part if result is None else b.op("Add", result, part)
     if change == "scaled":
         result = b.op("Mul", result, b.constant(2.5))
@@ -190,6 +192,20 @@ def test_experts(kind, normalize):
 @pytest.mark.parametrize("factors", ["scatter", "onehot", "where"])
 def test_ways_to_mask(factors):
     check_fused(dense_model(factors=factors))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("factors", ["scatter", "onehot"])
+def test_other_routing_stays_and_gives_the_factors(factors, normalize):
+    model = dense_model(biased, factors, normalize, change="sigmoid")
+    attributes = check_fused(model)
+    assert attributes["normalize_routing_weights"] == 0
+    model = quantized_experts(expert=biased, factors=factors, normalize=normalize, change="sigmoid")
+    before = runs(model)
+    (report, *_) = qmoe_plugin.fuse(model)
+    assert report.fused[0].change.endswith("swiglu, factors of its own")
+    assert len(node_of(model, "QMoE").input) == 15
+    assert np.abs(runs(model) - before).max() <= 1e-4 * np.abs(before).max()
 
 
 def test_float16():
@@ -267,7 +283,7 @@ def test_experts_in_a_format_that_fuse_does_not_take_stay():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"change": "sigmoid"}, "a MoE of its experts computes something else"),
+        ({"change": "loud expert"}, "a MoE of its experts computes something else"),
         (
             {"change": "odd expert"},
             "first layers of [(32,), (32, 32)] rows come before",
@@ -318,7 +334,7 @@ def test_a_topk_of_something_else_is_not_mentioned():
 
 def test_files_and_the_command(tmp_path):
     path, output = tmp_path / "dense.onnx", tmp_path / "new" / "fused.onnx"
-    onnx.save(dense_model(), path, save_as_external_data=True, location="dense.data")
+    onnx.save(dense_model(biased), path, save_as_external_data=True, location="dense.data")
     line = [sys.executable, "-m", "qmoe_plugin", "fuse", str(path), str(output), "--json"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

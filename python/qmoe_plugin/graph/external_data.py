@@ -89,7 +89,8 @@ class DataFile:
     """A new file of external data.
 
     It gets its name when it is whole: until `commit`, an older file of this name stays as it is.
-    Without `commit`, nothing is left of it when the `with` block ends.
+    Without `commit`, nothing is left of it when the `with` block ends. The tensors that it hands
+    out can be read at once; `move` makes them those of the whole file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,18 +142,28 @@ class DataFile:
             self._file.seek(start)
             self._file.truncate()
             raise
+        self._file.flush()
         if written != made.nbytes:
             raise AssertionError(f"'{name}' has {made.nbytes} bytes, but {written} came")
         return made
 
     def move(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        """Appends the bytes of a tensor that are in another file; leaves other tensors alone."""
-        if not isinstance(tensor, ir.ExternalTensor) or Path(tensor.path) == self.path:
+        """A tensor as the model is to have it.
+
+        Appends the bytes of one that are in another file; one of ours gets the name of the whole
+        file; one in memory stays.
+        """
+        if not isinstance(tensor, ir.ExternalTensor):
             return tensor
+        if Path(tensor.path) == self._partial:
+            return self._tensor(
+                tensor.name, tensor.offset or 0, tensor.dtype, tensor.shape, self.path
+            )
         source = (tensor.path, tensor.offset or 0, tensor.nbytes)
         if source not in self._moved:
             self._moved[source] = self._copy(tensor)
-        return self._tensor(tensor.name, self._moved[source], tensor.dtype, tensor.shape)
+        offset = self._moved[source]
+        return self._tensor(tensor.name, offset, tensor.dtype, tensor.shape, self.path)
 
     def commit(self) -> None:
         """Gives the file its name, unless it is empty."""
@@ -164,6 +175,7 @@ class DataFile:
         """Appends bytes; those of a page or more start a page, so that they can be mapped."""
         offset = self._align(_PAGE if content.size >= _PAGE else 64)
         self._file.write(content.data)
+        self._file.flush()
         return offset
 
     def _copy(self, tensor: ir.ExternalTensor) -> int:
@@ -180,17 +192,23 @@ class DataFile:
         return offset
 
     def _tensor(
-        self, name: str | None, offset: int, dtype: ir.DataType, shape: ir.Shape
+        self,
+        name: str | None,
+        offset: int,
+        dtype: ir.DataType,
+        shape: ir.Shape,
+        path: Path | None = None,
     ) -> ir.ExternalTensor:
+        path = path or self._partial
         size = -(-math.prod(shape.numpy()) * dtype.bitwidth // 8)
         return ir.ExternalTensor(
-            self.path.name,
+            path.name,
             offset,
             size,
             dtype,
             shape=shape,
             name=name or "",
-            base_dir=self.path.parent,
+            base_dir=path.parent,
         )
 
 

@@ -6,6 +6,7 @@ computes the same is shown by running both on random activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +14,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx import helper
 
-from qmoe_plugin.graph import moe, qmoe
 from qmoe_plugin.graph.describe import UnsupportedError
-from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused, set_attributes
+from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused
 from qmoe_plugin.graph.external_data import Store
 from qmoe_plugin.graph.moe_activation import Activation, find_activation
 from qmoe_plugin.graph.moe_products import Product
-from qmoe_plugin.graph.moe_region import Region, check_shapes, is_anchor, regions
+from qmoe_plugin.graph.moe_region import (
+    Region,
+    check_shapes,
+    is_anchor,
+    regions,
+    router_of,
+)
+from qmoe_plugin.graph.moe_routing import FACTORS_SINCE, find_factors, make_nodes, name_outputs
 from qmoe_plugin.graph.retarget import DOMAIN_VERSION
 from qmoe_plugin.graph.trial import Part, run_nodes
 from qmoe_plugin.graph.walk import Body, bodies, label
@@ -30,7 +36,6 @@ from qmoe_plugin.report import FuseReport, NodeReport
 
 Array = npt.NDArray[Any]
 
-_INPUTS = {"MoE": moe.STOCK_INPUTS, "QMoE": qmoe.INPUTS}
 _NAMES = {
     "weights": "{}_experts_weights",
     "bias": "{}_experts_bias",
@@ -43,7 +48,7 @@ _ROUNDED_TOLERANCE = 0.05
 _ALIKE = 0.9
 """Of the tokens, where some may go to other experts."""
 
-_FEWEST_TOKENS = 16
+_FEWEST_TOKENS, _TOKENS_AN_EXPERT = 16, 8
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class _Match:
     activation: Activation
     source: ir.Value  # the form of the activations that the node gets
     normalize: int
+    factors: ir.Value | None = None  # of the chosen experts; None for a softmax
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -81,16 +87,22 @@ class FuseMoE(ir.passes.InPlacePass):
         """Changes the model, and sets `report`."""
         names = Names(model)
         fused: list[NodeReport] = []
-        kept: list[NodeReport] = []
+        done: set[ir.Node] = set()
+        left: list[tuple[ir.Node, NodeReport]] = []
         for body in bodies(model):
             for topk in [node for node in body.nodes() if is_anchor(node)]:
-                name = label(topk)
-                try:
-                    node = self._fuse(topk, body, names)
-                except UnsupportedError as error:
-                    kept.append(NodeReport(name, "TopK", body.function, str(error)))
+                name, router = label(topk), router_of(topk)
+                if router in done:
                     continue
-                fused.append(NodeReport(name, "TopK", body.function, change=node))
+                try:
+                    change = self._fuse(topk, body, names)
+                except UnsupportedError as error:
+                    left.append((router, NodeReport(name, "TopK", body.function, str(error))))
+                    continue
+                done.add(router)
+                fused.append(NodeReport(name, "TopK", body.function, change=change))
+        # One router may have several TopK, of groups of experts too.
+        kept = [report for router, report in left if router not in done]
         self.report = FuseReport("moe", tuple(fused), tuple(kept))
         return ir.passes.PassResult(model, bool(fused))
 
@@ -113,9 +125,10 @@ class FuseMoE(ir.passes.InPlacePass):
         hidden, inter, _ = check_shapes(region)
         kind = match.activation.attributes["activation_type"]
         weights = "normalised" if match.normalize else "plain"
+        weights = f"{weights} probabilities" if match.factors is None else "factors of its own"
         return (
             f"selects in a {match.op_type} of {region.count} experts, {region.k} a token, "
-            f"{hidden} x {inter}, {kind}, {weights} probabilities"
+            f"{hidden} x {inter}, {kind}, {weights}"
         )
 
 
@@ -151,7 +164,7 @@ def _prove(
     hidden, dtype = second.n, second.dtype
     start = region.inputs[-1]
     part = Part([start], [region.output, region.logits, *region.inputs[:-1]], order, opsets)
-    tokens = max(_FEWEST_TOKENS, 4 * region.count // region.k)
+    tokens = max(_FEWEST_TOKENS, _TOKENS_AN_EXPERT * region.count // region.k)
     shape, sizes = _shape(start, tokens, hidden)
     x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     output, logits, *forms = part.run([x], sizes)
@@ -166,30 +179,72 @@ def _prove(
             "before the experts is"
         )
     source, form = alike[0]
-    feeds = {"input": form, "router_probs": logits}
-    allowed = _TOLERANCE.get(dtype, 2e-2)
-    if second.attributes.get("accuracy_level") == _ROUNDED_ACTIVATIONS:
-        allowed = _ROUNDED_TOLERANCE
-    # In 16 bits, and with rounded activations, experts may tie that do not elsewhere.
-    share = 1.0 if allowed == _TOLERANCE[np.dtype(np.float32)] else _ALIKE
     weights = {name: _tensor(name, parts) for name, parts in _stacked(region, activation).items()}
-    worst = []
-    for normalize in (1, 0):
-        match = _Match(region, activation, source, normalize)
-        op = match.op_type
-        inputs = [name if name in (*weights, *feeds) else "" for name in _INPUTS[op]]
-        proto = helper.make_node(op, inputs, ["output"], domain=DOMAIN, **match.attributes)
-        (result,) = run_nodes([proto], feeds, weights, ["output"], opsets)
-        wide = output.astype(np.float64).reshape(-1, hidden)
-        by_token = np.abs(result.reshape(-1, hidden).astype(np.float64) - wide).max(axis=-1)
-        error = float(np.quantile(by_token, share) / np.abs(wide).max())
-        if error <= allowed:
+    trial = _Trial({"input": form, "router_probs": logits}, weights, output, opsets)
+    matches: list[tuple[_Match, dict[str, Array]]] = [
+        (_Match(region, activation, source, normalize), {}) for normalize in (1, 0)
+    ]
+    if opsets.get("", 0) >= FACTORS_SINCE:
+        matches += [
+            (_Match(region, activation, source, 0, factors), {"factors": array, "indices": chosen})
+            for factors, array, chosen in find_factors(region, order, opsets, x, sizes)
+        ]
+    errors, problems = [math.inf], []
+    for match, more in matches:
+        try:
+            errors.append(trial.error(match, more))
+        except UnsupportedError as problem:
+            problems.append(problem)
+            continue
+        if errors[-1] <= trial.allowed(second):
             return match
-        worst.append(error)
+    if len(problems) == len(matches):
+        raise problems[0]
     raise UnsupportedError(
-        f"a MoE of its experts computes something else (off by {min(worst):.1e} of the largest "
-        "value); MoE routes by a softmax of the logits, and adds up what the chosen experts give"
+        f"a MoE of its experts computes something else (off by {min(errors):.1e} of the largest "
+        "value), whether by a softmax of the logits or by the factors that the model computes"
     )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A run of the region, and runs of what may stand for it."""
+
+    feeds: Mapping[str, Array]
+    weights: Mapping[str, ir.TensorProtocol]
+    expected: Array
+    opsets: Mapping[str, int]
+
+    def allowed(self, product: Product) -> float:
+        """The largest error that is rounding."""
+        if product.attributes.get("accuracy_level") == _ROUNDED_ACTIVATIONS:
+            return _ROUNDED_TOLERANCE
+        return _TOLERANCE.get(product.dtype, 2e-2)
+
+    def error(self, match: _Match, more: Mapping[str, Array]) -> float:
+        """The largest error of a token, over the largest value."""
+        feeds = {**self.feeds, **more}
+        second = match.region.experts[0].second
+        values = {name: _value(name, array) for name, array in feeds.items()}
+        values |= {name: ir.Value(name=name) for name in self.weights}
+        dtype = ir.DataType.from_numpy(second.dtype)
+        nodes = make_nodes(match.op_type, match.attributes, values, dtype)
+        name_outputs(nodes, [f"made{i}" for i in range(len(nodes))])
+        protos = [ir.to_proto(node) for node in nodes]
+        last = protos[-1].output[0]
+        (result,) = run_nodes(protos, feeds, self.weights, [last], self.opsets)
+        if result.shape != self.expected.shape:
+            return math.inf
+        wide = self.expected.astype(np.float64).reshape(-1, second.n)
+        by_token = np.abs(result.reshape(-1, second.n).astype(np.float64) - wide).max(axis=-1)
+        # In 16 bits, and with rounded activations, experts may tie that do not elsewhere.
+        exact = self.allowed(second) == _TOLERANCE[np.dtype(np.float32)]
+        error = float(np.quantile(by_token, 1.0 if exact else _ALIKE) / np.abs(wide).max())
+        return error if math.isfinite(error) else math.inf
+
+
+def _value(name: str, array: Array) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
 
 
 def _shape(start: ir.Value, tokens: int, hidden: int) -> tuple[tuple[int, ...], dict[str, int]]:
@@ -248,18 +303,20 @@ def _replace(match: _Match, graph: ir.Graph, names: Names, store: Store) -> None
     for place, parts in _stacked(region, match.activation).items():
         name = names.new(f"{label(region.topk)}/{match.op_type}.{place}")
         values[place] = add_initializer(graph, _stream(store, name, region.count, parts))
-    op, places = match.op_type, _INPUTS[match.op_type]
-    last = max(map(places.index, values))
-    inputs = [values.get(place) for place in places[: last + 1]]
-    node = ir.Node(DOMAIN, op, inputs, name=f"{label(region.topk)}/{op}")
-    set_attributes(node, match.attributes)
-    old, made = region.output, node.outputs[0]
+    if match.factors is not None:
+        values |= {"factors": match.factors, "indices": region.topk.outputs[1]}
+    dtype = ir.DataType.from_numpy(region.experts[0].second.dtype)
+    nodes = make_nodes(match.op_type, match.attributes, values, dtype)
+    name_outputs(nodes, [names.new(f"{label(region.topk)}/{node.op_type}") for node in nodes])
+    for node in nodes:
+        node.name = node.outputs[0].name
+    old, made = region.output, nodes[-1].outputs[0]
     dead = old.producer()
     assert dead is not None
     made.type, made.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
     made.name, old.name = old.name, names.new(f"{old.name}.replaced")
-    graph.insert_before(dead, node)
+    graph.insert_before(dead, nodes)
     _remove_unread(graph, dead)
 
 

@@ -5,7 +5,7 @@ NonZero and scattered back, or weights gathered for each token. Common to all is
 here, by where values go and not by what lies between: the TopK, the product that makes its logits,
 a value in which all ways from the TopK meet again, and products with constant weights before it,
 two in a row for each expert. Whether the op computes the same is for a trial run to say
-(`moe_trial.py`).
+(`fuse_moe.py`).
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ def regions(topk: ir.Node, order: dict[ir.Node, int]) -> Iterator[Region]:
     Raises:
         UnsupportedError: If none is found.
     """
-    router = product_of(products_before_scores(topk)[0])
+    router = product_of(router_of(topk))
     assert router is not None  # as `is_anchor` said
     inputs = _forms(router.activations)
     k_tensor = constant_tensor(topk, 1, "k")
     assert k_tensor is not None
     problem, found = "nothing brings what follows together again", 0
     for output in _meeting_points(topk, order):
-        between = _between(inputs[-1], output, order)
+        nodes = between(inputs[-1], output, order)
         try:
-            experts = _group(between, router)
+            experts = _group(nodes, router)
         except UnsupportedError as error:
             problem = str(error)
             continue
@@ -100,6 +100,11 @@ def regions(topk: ir.Node, order: dict[ir.Node, int]) -> Iterator[Region]:
             return
     if not found:
         raise UnsupportedError(f"no experts were found that it selects: {problem}")
+
+
+def router_of(topk: ir.Node) -> ir.Node:
+    """The product that a TopK's scores come from."""
+    return products_before_scores(topk)[0]
 
 
 def is_anchor(node: ir.Node) -> bool:
@@ -163,7 +168,7 @@ def _meeting_points(topk: ir.Node, order: dict[ir.Node, int]) -> Iterator[ir.Val
             return
 
 
-def _between(start: ir.Value, end: ir.Value, order: dict[ir.Node, int]) -> list[ir.Node]:
+def between(start: ir.Value, end: ir.Value, order: dict[ir.Node, int]) -> list[ir.Node]:
     """The nodes that compute one value from another, in their order."""
     producer = start.producer()
     first = -1 if producer is None else order.get(producer, -1)
