@@ -6,6 +6,7 @@ they get noise. What the float model says with it is then the oracle.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from helpers.quantized import rms
 from onnx import TensorProto, numpy_helper
 
 import qmoe_plugin
-from models import export
+from models import export, genai
 from models.runner import Decoder
 from qmoe_plugin import formats
 from qmoe_plugin.graph.quantize_rules import parse_spec
@@ -143,3 +144,24 @@ def test_calibrated(noisy: Noisy, tmp_path: Path) -> None:
     assert quantized.uncalibrated == ()
     error = logits_of(output, noisy.prompt) - noisy.logits
     assert median_rms(error) < BOUNDS["int4"]
+
+
+@pytest.mark.parametrize("spec", ["int4", "mxfp4", "nvfp4", "nf4", "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_genai_generates_as_a_session_does(
+    recipe: str, spec: str, exports: export.Exports, tmp_path: Path
+) -> None:
+    item = export.by_id(f"{recipe}-float32")
+    folder = tmp_path / "genai"
+    folder.mkdir()
+    for file in exports.model(item).iterdir():
+        if file.suffix == ".json":
+            shutil.copy(file, folder)
+    model = folder / "model.onnx"
+    report = qmoe_plugin.quantize(exports.model(item) / "model.onnx", model, format=spec)
+    assert not any(node.op_type == "MoE" for node in report.kept)
+    genai.configure(folder, "cpu")
+    expected = exports.expected(item)
+    decoder = Decoder(qmoe_plugin.session(model, ["CPUExecutionProvider"]))
+    tokens, _ = decoder.generate(expected.prompt, len(expected.tokens))
+    assert genai.generate(folder, expected, "cpu").tokens == tokens
