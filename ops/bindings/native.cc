@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ops/bindings/prepack.h"
+#include "ops/bindings/rounding.h"
 #include "ops/error.h"
 #include "ops/formats/format.h"
 #include "ops/quantize.h"
@@ -239,4 +240,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("pack", &PyPack, arg("codes"), arg("bits"));
   module.def("unpack", &PyUnpack, arg("packed"), arg("bits"), arg("k"));
   DefinePrepack(module);
+  DefineRounding(module);
 }

@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from qmoe_plugin import formats
+from qmoe_plugin.graph.calibrate import calibrate
+from qmoe_plugin.graph.fuse import fuse
 from qmoe_plugin.graph.prepack import prepack
 from qmoe_plugin.graph.quantize import quantize
 from qmoe_plugin.graph.retarget import retarget, unretarget
@@ -35,8 +37,10 @@ _register_schemas()
 __all__ = [
     "DOMAIN",
     "__version__",
+    "calibrate",
     "explain",
     "formats",
+    "fuse",
     "get_library_path",
     "inspect",
     "install",

@@ -109,6 +109,7 @@ EXPORTS = [
     *_genai("gemma4"),
     *_float("gpt_oss"),
     *_float("qwen35_moe"),
+    *_float("lfm2_moe"),
     # Qwen3.5's weights have one scale a row: these grids lose nothing either.
     Export("qwen35_moe", "int4_channel", "genai", (*_INT4, "qmoe_block_size=0")),
     Export("qwen35_moe", "int8_channel", "genai", (*_INT8, "qmoe_block_size=0")),

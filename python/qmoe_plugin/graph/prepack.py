@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from qmoe_plugin.devices import CPU, Target, target
 from qmoe_plugin.graph.describe import Description, UnsupportedError, describe
-from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused
+from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused, set_attributes
 from qmoe_plugin.graph.external_data import Store, raw_bytes
-from qmoe_plugin.graph.inputs import constant_tensor, float_type, given, string
+from qmoe_plugin.graph.inputs import constant_tensor, float_type, given
+from qmoe_plugin.graph.moe import merged_gates
 from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE, PACKED, PackedWeights, is_packed, read_header
 from qmoe_plugin.graph.retarget import RESTORE_KEY, Retarget
 from qmoe_plugin.graph.rewrite import Model, PathLike, rewrite
@@ -194,15 +195,9 @@ def _mark(node: ir.Node, gemm: Problem) -> None:
     if node.op_type in (_FP8, _FP4):  # which the shape of B said
         node.attributes["N"] = ir.AttrInt64("N", gemm.n)
         node.attributes["K"] = ir.AttrInt64("K", gemm.k)
-    if node.op_type in _FC3 and given(
-        node, _FC3[node.op_type]
-    ):  # its rows and those of fc1 alternate now
-        node.attributes["swiglu_fusion"] = ir.AttrInt64("swiglu_fusion", 1)
-        if string(node, "activation_type", "relu") == "silu":
-            node.attributes["activation_type"] = ir.AttrString("activation_type", "swiglu")
-            node.attributes["activation_alpha"] = ir.AttrFloat32("activation_alpha", 1.0)
-            node.attributes["activation_beta"] = ir.AttrFloat32("activation_beta", 0.0)
-            node.attributes.pop("swiglu_limit", None)
+    third = _FC3.get(node.op_type)
+    if third is not None and given(node, third):  # its rows and those of fc1 alternate now
+        set_attributes(node, merged_gates(node))
     # Scales and biases, which may have told it, are gone.
     if node.outputs[0].type is None:
         node.outputs[0].type = ir.TensorType(float_type(gemm.dtype))
