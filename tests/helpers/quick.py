@@ -24,7 +24,14 @@ def quick_cases(format_name: str) -> list[Case]:
         common = {"format": format_name, "dtype": dtype}
         cases += [
             QMoECase(**common, tokens=1, hidden=96, inter=160, experts=8, k=4, activation="swiglu"),
-            QMoECase(**common, tokens=33, block_size=0, activation="silu", scale_dtype="float32"),
+            QMoECase(
+                **common,
+                tokens=33,
+                block_size=0,
+                zero_points=fmt.zero_points,
+                activation="silu",
+                scale_dtype="float32",
+            ),
             QMoECase(**common, tokens=9, experts=5, shared=2),
             QMoECase(**common, tokens=70, block_size=64, hidden=128, inter=192, activation="geglu"),
             QMoECase(
