@@ -1,4 +1,4 @@
-// MatMulNBits on the CPU: Y[M, N] = A[M, K] B^T + bias, in tasks of up to 48 rows x 128 columns.
+// MatMulNBits on the CPU: Y[M, N] = A[M, K] B^T + bias, in tasks of up to 96 rows x 128 columns.
 #include <algorithm>
 
 #include "ops/cpu/packed_matrix.h"

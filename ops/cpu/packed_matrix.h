@@ -15,9 +15,10 @@ namespace qmoe_plugin::cpu {
 
 /// A task computes up to kTaskRows rows times kTaskPanels panels: 128 columns, 0.2 MB of 4-bit
 /// weights at K = 2880. A token that decodes then has 100 tasks and more, each 20 us of memory
-/// traffic; with more rows, those of a task still fit in the second-level cache.
+/// traffic. The rows are as many as an expert usually has of a prompt of 512 tokens, so that its
+/// weights are read from memory once.
 inline constexpr int64_t kTaskPanels = 8;
-inline constexpr int64_t kTaskRows = 48;
+inline constexpr int64_t kTaskRows = 96;
 inline constexpr int64_t kTaskColumns = kTaskPanels * kPanelRows;
 
 /// Whether rows of x may lie so many bytes apart. At a large power of two, the rows of a tile would

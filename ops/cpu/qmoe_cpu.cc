@@ -1,7 +1,7 @@
 // QMoE on the CPU, the same way for one token and for thousands:
 //
 //   1. route every token; sort the routes (token, j) by expert into rows
-//   2. fc1: tasks of (expert, up to 48 of its rows, 128 columns), bias and activation at their end
+//   2. fc1: tasks of (expert, up to 96 of its rows, 128 columns), bias and activation at their end
 //   3. fc2: the same tasks, one result row a route
 //   4. add up each token's rows, times their factors, in the order of j
 //
