@@ -56,12 +56,18 @@ std::string Refuse(const GemmProblem& problem) {
   return {};
 }
 
-/// Refuse, and levels that ask for more exact sums.
+/// Rounding a row of activations takes about as long as the products of 32 columns of y save.
+constexpr int64_t kMinRoundingColumns = 64;
+
+/// Refuse, and what asks for more exact sums or would not be faster.
 template <AccuracyLevel kLevel>
-std::string RefuseBelow(const GemmProblem& problem) {
+std::string RefuseRounding(const GemmProblem& problem) {
   if (problem.accuracy_level < kLevel)
     return Concat("rounds activations, which only accuracy_level ", kLevel,
                   kLevel < 4 ? " or more" : "", " allows, not ", problem.accuracy_level);
+  if (problem.n < kMinRoundingColumns)
+    return Concat("is not faster than exact kernels below ", kMinRoundingColumns,
+                  " output features, here ", problem.n);
   return Refuse(problem);
 }
 
@@ -143,12 +149,12 @@ void RegisterCpuKernels() {
   constexpr const char* kInt8 = "accuracy_level 4, activations rounded to int8";
   Register({"gemm_avx2", &kCpuAvx2, SelectExact, 10, Avx2Available, Refuse, kExact});
   Register({"gemm_avx2_int8", &kCpuAvx2, SelectRounding<Avx2Int8Gemm>, 25, Avx2Available,
-            RefuseBelow<4>, kInt8});
+            RefuseRounding<4>, kInt8});
   Register({"gemm_avx512", &kCpuAvx512, SelectExact, 20, Avx512Available, Refuse, kExact});
   Register({"gemm_avx512_bf16", &kCpuAvx512, SelectRounding<Avx512Bf16Gemm>, 30, Bf16Available,
-            RefuseBelow<3>, "accuracy_level 3 or 4, activations rounded to bfloat16"});
+            RefuseRounding<3>, "accuracy_level 3 or 4, activations rounded to bfloat16"});
   Register({"gemm_avx512_vnni", &kCpuAvx512, SelectRounding<Avx512VnniGemm>, 40, VnniAvailable,
-            RefuseBelow<4>, kInt8});
+            RefuseRounding<4>, kInt8});
 #endif
 }
 

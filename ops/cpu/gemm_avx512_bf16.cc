@@ -22,9 +22,8 @@ namespace {
 
 // A decoder turns 4 consecutive k of a dword, which start at bit kShift of its first byte and lie
 // one a byte, into two vectors of bfloat16 pairs: k and k + 2, k + 1 and k + 3. That is how the
-// bytes fall into 16-bit words, and the activations lie in that order, too. The numbers are 1 /
-// kUnit times w' of gemm_blocks.inc.
-inline constexpr int kOrderInQuad[] = {0, 2, 1, 3};
+// bytes fall into 16-bit words, and the activations lie in that order, too: Fill. The numbers are
+// 1 / kUnit times w' of gemm_blocks.inc.
 
 /// Looks codes of 2 or 4 bits up in a register. vpermw reads the low five bits of a word only, so
 /// the codes above need no masking: the table repeats.
@@ -101,7 +100,7 @@ struct Bf16Blocks : Decoder {
   using Acc = Vec::F;
 
   struct Block {
-    uint16_t x[K];  // bfloat16(x) * kUnit; in each four in the order of kOrderInQuad
+    uint16_t x[K];  // bfloat16(x) * kUnit; of each four, the two in the middle swapped
     float sum;      // of bfloat16(x)
   };
 
@@ -131,15 +130,17 @@ struct Bf16Blocks : Decoder {
   }
 
   static void Fill(const float* x, Block& block) {
-    uint16_t rounded[K];
-    for (int i = 0; i < K; i += Vec::kLanes)
-      Vec::StoreBFloat16(rounded + i, Vec::Mul(Vec::Load(x + i), Vec::Set(Decoder::kUnit)));
-    float sum = 0;
-    for (int i = 0; i < K; ++i) {
-      block.x[i] = rounded[i / 4 * 4 + kOrderInQuad[i % 4]];
-      sum += __builtin_bit_cast(float, uint32_t(rounded[i]) << 16);
+    const __m256i order = _mm256_setr_epi16(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    Vec::F sum = Vec::Zero();
+    for (int i = 0; i < K; i += Vec::kLanes) {
+      const Vec::F scaled = Vec::Mul(Vec::Load(x + i), Vec::Set(Decoder::kUnit));
+      const __m256i rounded = __m256i(_mm512_cvtneps_pbh(scaled));
+      const Vec::I widened = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+      sum = Vec::Add(sum, _mm512_castsi512_ps(widened));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(block.x + i),
+                          _mm256_permutexvar_epi16(order, rounded));
     }
-    block.sum = sum / Decoder::kUnit;
+    block.sum = _mm512_reduce_add_ps(sum) / Decoder::kUnit;
   }
 };
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kRows = 30;
 
-bool IsInt8(const Kernel& kernel) { return kernel.refuse({.accuracy_level = 3}) != ""; }
+bool IsInt8(const Kernel& kernel) { return kernel.refuse({.n = 64, .accuracy_level = 3}) != ""; }
 
 /// Packed weights of a shape, what they mean, and a kernel's results for rows of floats.
 class Gemm {
@@ -197,10 +197,11 @@ bool Available(const char* name) {
 /// Which kernels each level allows, by what the environment variable leaves.
 void TestSelection() {
   if (!Available("gemm_avx512_vnni.int4")) return;
-  const auto selected = [](const char* isa, const char* format, int level) {
+  const auto selected = [](const char* isa, const char* format, int level, int64_t n = 64) {
     setenv("QMOE_PLUGIN_CPU_ISA", isa, 1);
     const std::string name =
-        Select(Device{}, {.format = &GetFormat(format), .block_size = 32, .accuracy_level = level})
+        Select(Device{},
+               {.format = &GetFormat(format), .n = n, .block_size = 32, .accuracy_level = level})
             .name;
     unsetenv("QMOE_PLUGIN_CPU_ISA");
     return name;
@@ -210,6 +211,7 @@ void TestSelection() {
     EXPECT(selected("avx2", "int4", level) == "gemm_avx2.int4", "level ", level);
   }
   EXPECT(selected("avx512", "int8", 4) == "gemm_avx512_vnni.int8", "level 4");
+  EXPECT(selected("avx512", "int8", 4, 48) == "gemm_avx512.int8", "few columns");
   EXPECT(selected("avx512", "mxfp4", 4) == "gemm_avx512_vnni.mxfp4", "halves");
   EXPECT(selected("avx512", "float32", 4) == "gemm_avx512.float32", "plain formats stay exact");
   EXPECT(selected("avx2", "int4", 3) == "gemm_avx2.int4", "AVX2 has no bfloat16");
