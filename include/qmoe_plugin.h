@@ -54,7 +54,9 @@ typedef struct qmoe_plugin_gemm_problem {
   const char* format;     /* "int4" */
   const char* dtype;      /* "float32", "float16" or "bfloat16" */
   const char* activation; /* "identity", "relu", "gelu", "silu", "swiglu", "geglu" */
-  int64_t experts, rows, n, k, block_size;
+  int64_t experts, rows;  /* of x over all experts: M, or tokens * topk */
+  int64_t topk;           /* rows of a token, each of another expert; 1 for "dense" */
+  int64_t n, k, block_size;
   int zero_points, accuracy_level;
 } qmoe_plugin_gemm_problem;
 
@@ -86,9 +88,10 @@ typedef struct qmoe_plugin_tensor {
   size_t bytes;
 } qmoe_plugin_tensor;
 
-/* A QMoE or MatMulNBits node. */
+/* A node of one of our ops. */
 typedef struct qmoe_plugin_node {
-  const char* op;    /* "QMoE" or "MatMulNBits" */
+  const char*
+      op; /* "QMoE", "MoE", "MatMulNBits", "MatMulBlockQuantizedFp8Weight" or ...Fp4Weight */
   const char* dtype; /* of the activations: "float32", "float16" or "bfloat16" */
   const qmoe_plugin_attribute* attributes;
   size_t attribute_count;
@@ -97,10 +100,10 @@ typedef struct qmoe_plugin_node {
 } qmoe_plugin_node;
 
 /* Packs the weights of a node for GPUs of compute capability `sm` (90 = Hopper), which need not be
- * here, or for the CPU if `sm` is 0. Calls `allocate` for each projection ("fc1" and "fc2" of a QMoE,
- * "B" of a MatMulNBits) for memory to write, which may give up by returning null. The bytes take the
- * place of the projection's weights in a node with weights_layout="packed" and without all the other
- * constant inputs but act_scales. Returns 0; or, after calling `fail` with the reason, 1 if the
+ * here, or for the CPU if `sm` is 0. Calls `allocate` for each projection ("fc1" and "fc2" of a QMoE
+ * or MoE, "B" of the others) for memory to write, which may give up by returning null. The bytes take
+ * the place of the projection's weights in a node with weights_layout="packed" (MatMulBlockQuantized...
+ * have N and K then) and without all the other constant inputs but scales of activations. Returns 0; or, after calling `fail` with the reason, 1 if the
  * node is wrong, -1 if the machine failed. */
 QMOE_PLUGIN_EXPORT int qmoe_plugin_prepack(const qmoe_plugin_node* node, int sm,
                                            void* (*allocate)(void* user, const char* projection,

@@ -1,4 +1,5 @@
 // include/qmoe_plugin.h on top of the kernel registry.
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <string>
@@ -79,6 +80,10 @@ std::vector<Verdict> ExplainProblem(const qmoe_plugin_gemm_problem& p) {
   problem.format = &GetFormat(p.format ? p.format : "");
   problem.experts = p.experts;
   problem.rows = p.rows;
+  QMOE_REQUIRE(p.topk >= 1 && p.topk <= std::max<int64_t>(p.experts, 1) && p.rows % p.topk == 0,
+               "topk is ", p.topk, "; it must be from 1 to the number of experts, ", p.experts,
+               ", and a divisor of rows, ", p.rows);
+  problem.topk = p.topk;
   problem.n = p.n;
   problem.k = p.k;
   problem.block_size = p.block_size;

@@ -11,7 +11,9 @@
 #include "ops/error.h"
 #include "ops/matmul_nbits/matmul_nbits.h"
 #include "ops/ort/attributes.h"
+#include "ops/ort/matmul_block_quantized_node.h"
 #include "ops/ort/matmul_nbits_node.h"
+#include "ops/ort/moe_node.h"
 #include "ops/ort/qmoe_node.h"
 #include "ops/ort/tensors.h"
 #include "ops/qmoe/qmoe.h"
@@ -80,16 +82,37 @@ void PrepackNode(const qmoe_plugin_node& node, int sm, const AllocatePacked& all
   const std::string_view op = node.op ? node.op : "";
   const DType dtype = FindDType(node.dtype ? node.dtype : "");
   const AttributeList attributes(node);
+  const auto moe = [&](const ort::QMoeNode& read) {
+    PrepackQMoe(device, read.config, read.weights, allocate);
+  };
+  const auto product = [&](const ort::MatMulNBitsNode& read) {
+    PrepackMatMulNBits(device, read.config, read.weights, allocate);
+  };
   if (op == kQMoeOpName) {
-    const ort::QMoeNode read = ort::InterpretQMoe(ort::ReadQMoeAttributes(attributes),
-                                                  Inputs(node, ort::kQMoeInputs), dtype);
-    return PrepackQMoe(device, read.config, read.weights, allocate);
+    const std::vector<TensorView> inputs = Inputs(node, ort::kQMoeInputs);
+    return moe(ort::InterpretQMoe(ort::ReadQMoeAttributes(attributes), inputs, dtype));
   }
-  QMOE_REQUIRE(op == kMatMulNBitsOpName, "op is \"", op, "\"; allowed are ", kQMoeOpName, " and ",
-               kMatMulNBitsOpName);
-  const ort::MatMulNBitsNode read = ort::InterpretMatMulNBits(
-      ort::ReadMatMulNBitsAttributes(attributes), Inputs(node, ort::kMatMulNBitsInputs), dtype);
-  PrepackMatMulNBits(device, read.config, read.weights, allocate);
+  if (op == kMoEOpName) {
+    const std::vector<TensorView> inputs = Inputs(node, size_t(ort::MoEInput::kCount));
+    return moe(ort::InterpretMoE(ort::ReadMoEAttributes(attributes), inputs, dtype));
+  }
+  if (op == kMatMulNBitsOpName) {
+    const std::vector<TensorView> inputs = Inputs(node, ort::kMatMulNBitsInputs);
+    return product(
+        ort::InterpretMatMulNBits(ort::ReadMatMulNBitsAttributes(attributes), inputs, dtype));
+  }
+  if (op == kFp8WeightOpName) {
+    const std::vector<TensorView> inputs = Inputs(node, size_t(ort::Fp8WeightInput::kCount));
+    return product(
+        ort::InterpretFp8Weight(ort::ReadBlockQuantizedAttributes(attributes), inputs, dtype));
+  }
+  if (op == kFp4WeightOpName) {
+    const std::vector<TensorView> inputs = Inputs(node, size_t(ort::Fp4WeightInput::kCount));
+    return product(
+        ort::InterpretFp4Weight(ort::ReadBlockQuantizedAttributes(attributes), inputs, dtype));
+  }
+  FailInvalid("op is \"", op, "\"; allowed are ", kQMoeOpName, ", ", kMoEOpName, ", ",
+              kMatMulNBitsOpName, ", ", kFp8WeightOpName, " and ", kFp4WeightOpName);
 }
 
 /// Calls body(), and fail(message) if it throws.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ops/bindings/prepack.h"
+#include "ops/bindings/rounding.h"
 #include "ops/error.h"
 #include "ops/formats/format.h"
 #include "ops/quantize.h"
@@ -170,8 +171,8 @@ using Verdicts = std::vector<std::pair<std::string, std::string>>;
 
 Verdicts PyExplain(const std::string& device, int sm, const std::string& stage,
                    const std::string& format, const std::string& dtype,
-                   const std::string& activation, int64_t experts, int64_t rows, int64_t n,
-                   int64_t k, int64_t block_size, bool zero_points, int accuracy_level) {
+                   const std::string& activation, int64_t experts, int64_t rows, int64_t topk,
+                   int64_t n, int64_t k, int64_t block_size, bool zero_points, int accuracy_level) {
   const qmoe_plugin_gemm_problem problem{device.c_str(),
                                          sm,
                                          stage.c_str(),
@@ -180,6 +181,7 @@ Verdicts PyExplain(const std::string& device, int sm, const std::string& stage,
                                          activation.c_str(),
                                          experts,
                                          rows,
+                                         topk,
                                          n,
                                          k,
                                          block_size,
@@ -228,8 +230,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("formats", &PyFormats);
   module.def("kernels", &PyKernels);
   module.def("explain", &PyExplain, py::kw_only(), arg("device"), arg("sm"), arg("stage"),
-             arg("format"), arg("dtype"), arg("activation"), arg("experts"), arg("rows"), arg("n"),
-             arg("k"), arg("block_size"), arg("zero_points"), arg("accuracy_level"));
+             arg("format"), arg("dtype"), arg("activation"), arg("experts"), arg("rows"),
+             arg("topk"), arg("n"), arg("k"), arg("block_size"), arg("zero_points"),
+             arg("accuracy_level"));
   module.def("quantize", &PyQuantize, arg("weights"), arg("format"), arg("block_size"),
              arg("symmetric"));
   module.def("dequantize", &PyDequantize, arg("codes"), arg("scales"), arg("zero_points"),
@@ -237,4 +240,5 @@ PYBIND11_MODULE(_native, module) {
   module.def("pack", &PyPack, arg("codes"), arg("bits"));
   module.def("unpack", &PyUnpack, arg("packed"), arg("bits"), arg("k"));
   DefinePrepack(module);
+  DefineRounding(module);
 }

@@ -59,13 +59,23 @@ __device__ inline uint32_t LoadShared4(uint32_t address) {
   return v;
 }
 
+__device__ inline void StoreShared16(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 /// Copies 16 bytes from global to shared memory in the background, both 16-byte aligned; writes
 /// zeros (and reads nothing) unless `valid`.
-__device__ inline void CopyAsync16(void* shared, const void* global, bool valid) {
+__device__ inline void CopyAsync16(uint32_t shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)),
-               "l"(global), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes)
                : "memory");
+}
+
+__device__ inline void CopyAsync16(void* shared, const void* global, bool valid) {
+  CopyAsync16(SharedAddress(shared), global, valid);
 }
 
 /// The same with shared memory by its address, for 8 or 16 bytes, aligned to as many.
@@ -104,6 +114,27 @@ __device__ inline void WaitForPrevious() {
 /// Brings a line of global memory into L2.
 __device__ inline void PrefetchL2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+/// The lesser and the greater of two; NaN if either is.
+__device__ inline float MinOrNan(float x, float y) {
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+  return least;
+}
+
+__device__ inline float MaxOrNan(float x, float y) {
+  float greatest;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(greatest) : "f"(x), "f"(y));
+  return greatest;
+}
+
+/// 1 / (1 + 2^-x) with an error of some units in the last place of a float32.
+__device__ inline float FastSigmoid2(float x) {
+  float power, reciprocal;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + power));
+  return reciprocal;
 }
 
 /// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.

@@ -128,28 +128,53 @@ __device__ inline void AddScaled(const float (&part)[4], float2 scale, float (&s
   sums[2] += part[2] * scale.y, sums[3] += part[3] * scale.y;
 }
 
+/// 1 / (1 + exp(-v)). kFast: with an error of some units in the last place of a float32, which 16-bit results do not show.
+template <bool kFast>
+__device__ inline float Sigmoid(float v) {
+  if constexpr (kFast) return FastSigmoid2(v * 1.44269504088896341f);
+  return 1.0f / (1.0f + expf(-v));
+}
+
 /// One activated value out of v, or out of gate v and up u.
-__device__ inline float Activate(const ActivationParams& p, float v, float u) {
-  switch (p.type) {
-    case Activation::kIdentity:
-      return v;
-    case Activation::kRelu:
-      return v < 0 ? 0 : v;  // keeps NaN
-    case Activation::kGelu:
-      return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
-    case Activation::kSilu:
-      return v / (1.0f + expf(-v));
-    case Activation::kSwiglu: {
-      const float gate = v > p.limit ? p.limit : v;
-      const float up = u > p.limit ? p.limit : u < -p.limit ? -p.limit : u;
-      return gate / (1.0f + expf(-p.alpha * gate)) * (up + p.beta);
-    }
-    case Activation::kGeglu: {
-      const float inner = 0.79788456080286536f * (v + 0.044715f * v * v * v);
-      return 0.5f * v * (1.0f + tanhf(inner)) * u;
-    }
+template <Activation kType, bool kFast = false>
+__device__ inline float ActivateAs(const ActivationParams& p, float v, float u) {
+  if constexpr (kType == Activation::kRelu) return v < 0 ? 0 : v;  // keeps NaN
+  if constexpr (kType == Activation::kGelu)
+    return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
+  if constexpr (kType == Activation::kSilu) return v * Sigmoid<kFast>(v);
+  if constexpr (kType == Activation::kSwiglu) {
+    const float gate = MinOrNan(v, p.limit);
+    const float up = MaxOrNan(MinOrNan(u, p.limit), -p.limit);
+    return gate * Sigmoid<kFast>(p.alpha * gate) * (up + p.beta);
+  }
+  if constexpr (kType == Activation::kGeglu) {
+    const float inner = 0.79788456080286536f * (v + 0.044715f * v * v * v);
+    return 0.5f * v * (1.0f + tanhf(inner)) * u;
   }
   return v;
+}
+
+/// Calls fn.template operator()<type>() with the type as a constant.
+template <class Fn>
+__device__ auto WithActivation(Activation type, Fn&& fn) {
+  switch (type) {
+    case Activation::kRelu:
+      return fn.template operator()<Activation::kRelu>();
+    case Activation::kGelu:
+      return fn.template operator()<Activation::kGelu>();
+    case Activation::kSilu:
+      return fn.template operator()<Activation::kSilu>();
+    case Activation::kSwiglu:
+      return fn.template operator()<Activation::kSwiglu>();
+    case Activation::kGeglu:
+      return fn.template operator()<Activation::kGeglu>();
+    default:
+      return fn.template operator()<Activation::kIdentity>();
+  }
+}
+
+__device__ inline float Activate(const ActivationParams& p, float v, float u) {
+  return WithActivation(p.type, [&]<Activation kType>() { return ActivateAs<kType>(p, v, u); });
 }
 
 /// One value of y, rounded to its type.

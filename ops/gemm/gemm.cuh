@@ -53,9 +53,10 @@ struct CudaGemmArgs {
   const float* codebook;  // [2^bits], formats with a codebook only
   int64_t tile_bytes;     // codes of one row tile
   int n, k;
-  int row_tiles;    // of the weights: ceil(n / 16)
-  int block_shift;  // k >> block_shift is the block; 31 = per channel
-  int groups;       // blocks a row in block_scales and zero_offsets; 1 = per channel
+  int row_tiles;     // of the weights: ceil(n / 16)
+  int weight_tiles;  // row tiles of all experts
+  int block_shift;   // k >> block_shift is the block; 31 = per channel
+  int groups;        // blocks a row in block_scales and zero_offsets; 1 = per channel
   bool gated;
 
   // Activations [*, k]. Values beyond k are never read.

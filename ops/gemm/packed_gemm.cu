@@ -75,6 +75,7 @@ CudaGemmArgs PackedGemm::Args(const Choice& choice) const {
   args.n = int(header.rows);
   args.k = int(header.k);
   args.row_tiles = int(weights_.shape.row_tiles);
+  args.weight_tiles = int(weights_.shape.row_tiles * header.experts);
   args.block_shift = header.block_size ? std::countr_zero(header.block_size) : 31;
   args.groups = int(std::max<int64_t>(weights_.shape.groups, 1));
   args.gated = weights_.gated();

@@ -51,7 +51,7 @@ struct OpSpec {
   const char* name;
   std::span<const InputSpec> inputs;
   /// The output has the shape of input 0, but for the last dimension if this integer attribute is
-  /// named, or an input whose first dimension it is.
+  /// named, or, where a node lacks it, an input whose first dimension it is.
   const char* last_dim_attribute;
   std::optional<size_t> last_dim_input = std::nullopt;
   /// Whether the output may be written over input 0.

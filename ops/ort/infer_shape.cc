@@ -55,11 +55,10 @@ void InferOutputShape(const Api& api, const char* last_dim_attribute,
   std::vector<const char*> symbols(rank);
   api.Call<slot::GetDimensions>(input, dims.data(), rank);
   api.Call<slot::GetSymbolicDimensions>(input, symbols.data(), rank);
-  if (last_dim_attribute) {
-    dims.back() = ReadInt(api, context, last_dim_attribute);
-    symbols.back() = "";
-  } else if (last_dim_input) {
-    dims.back() = ReadFirstDim(api, context, *last_dim_input);
+  if (last_dim_attribute || last_dim_input) {
+    dims.back() = last_dim_attribute ? ReadInt(api, context, last_dim_attribute) : -1;
+    if (dims.back() < 0 && last_dim_input)
+      dims.back() = ReadFirstDim(api, context, *last_dim_input);
     symbols.back() = "";
   }
   std::vector<std::string> names(rank);

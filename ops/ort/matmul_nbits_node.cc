@@ -7,11 +7,16 @@
 namespace qmoe_plugin::ort {
 namespace {
 
-int64_t Required(const char* attribute, std::optional<int64_t> value) {
+int64_t Required(const char* attribute, std::optional<int64_t> value, int64_t lowest = 1) {
   QMOE_REQUIRE(value.has_value(), "attribute ", attribute, " is missing; it is required");
-  QMOE_REQUIRE(*value > 0 && *value <= INT32_MAX, "attribute ", attribute, " is ", *value,
-               "; it must be from 1 to 2147483647");
+  QMOE_REQUIRE(*value >= lowest && *value <= INT32_MAX, "attribute ", attribute, " is ", *value,
+               "; it must be from ", lowest, " to 2147483647");
   return *value;
+}
+
+/// Whether the global scale is the only one.
+bool HasOneScale(const Format& format, int64_t block_size) {
+  return format.square_blocks && block_size == 0;
 }
 
 /// The tensor as one expert's: [1, N, what is left of each row]. Takes [N, x] and the flat form [N
@@ -41,23 +46,37 @@ FormatChoice FindFormat(const MatMulNBitsAttributes& a) {
 }
 
 void CheckBlockSize(const FormatChoice& choice, int64_t block_size) {
+  if (HasOneScale(*choice.format, block_size)) return;
   QMOE_REQUIRE(block_size >= 16 && block_size <= 65536 && (block_size & (block_size - 1)) == 0,
-               "block_size is ", block_size, "; it must be a power of two from 16 to 65536");
+               "block_size is ", block_size, "; it must be a power of two from 16 to 65536",
+               choice.format->square_blocks ? ", or 0 for one factor on all weights" : "");
   const int64_t only = choice.format->block_size;
   QMOE_REQUIRE(only == 0 || block_size == only, "block_size is ", block_size, "; ", choice.says,
                " has blocks of ", only);
 }
 
 /// Checks the types of scales, and that global scale and codebook are there if the format has them.
-void CheckScales(const FormatChoice& choice, const std::vector<TensorView>& inputs) {
-  CheckScaleType(choice, "scales", inputs[kScales]);
+void CheckScales(const FormatChoice& choice, int64_t block_size,
+                 const std::vector<TensorView>& inputs) {
+  const bool one_scale = HasOneScale(*choice.format, block_size);
+  const TensorView& scales = inputs[kScales];
+  if (one_scale) {
+    QMOE_REQUIRE(!scales.present, "input 2 (scales) is ", scales.Describe(), ", but ", choice.says,
+                 " with block_size 0 has one factor on all weights, input 7 (global_scale); leave "
+                 "it out, or set block_size");
+    QMOE_REQUIRE(!inputs[kGroupIndex].present, "input 4 (g_idx) is ",
+                 inputs[kGroupIndex].Describe(), ", but with block_size 0 there are no blocks; ",
+                 "leave it out");
+  } else {
+    CheckScaleType(choice, "scales", scales);
+  }
   CheckCodebook(choice, "input 6 (codebook)", inputs[kCodebook]);
   const TensorView& global = inputs[kGlobalScale];
   const ScaleKind kind = choice.format->scales;
-  QMOE_REQUIRE(!NeedsGlobalScale(kind) || global.present, "input 7 (global_scale) is missing; ",
-               choice.says,
+  const bool needed = NeedsGlobalScale(kind) || one_scale;
+  QMOE_REQUIRE(!needed || global.present, "input 7 (global_scale) is missing; ", choice.says,
                " needs a factor, float32 [1]. Where there is nothing to scale, give one");
-  QMOE_REQUIRE(kind != ScaleKind::kFloat || !global.present, "input 7 (global_scale) is ",
+  QMOE_REQUIRE(needed || kind == ScaleKind::kAny || !global.present, "input 7 (global_scale) is ",
                global.Describe(), ", but ", choice.says, " has no global scale; leave it out");
 }
 
@@ -82,12 +101,13 @@ StoredLayout FindLayout(int64_t weight_prepacked, int64_t n, int64_t k, int64_t 
 /// Weights as a model stores them, in one of the layouts of weight_prepacked.
 Projection TakeStored(const MatMulNBitsAttributes& a, const std::vector<TensorView>& inputs,
                       const FormatChoice& choice) {
-  QMOE_REQUIRE(inputs[kScales].present, "input 2 (scales) is missing; weights need scales");
+  QMOE_REQUIRE(inputs[kScales].present || HasOneScale(*choice.format, *a.block_size),
+               "input 2 (scales) is missing; weights need scales");
   const Format& format = *choice.format;
   const int64_t n = *a.n, k = *a.k, block_size = *a.block_size;
   const StoredLayout layout = FindLayout(a.weight_prepacked, n, k, format.bits, block_size);
-  const int64_t groups = (k + block_size - 1) / block_size;
-  const std::vector<int64_t> shape{n, groups, block_size * format.bits / 8};
+  const int64_t block = block_size ? block_size : k, groups = (k + block - 1) / block;
+  const std::vector<int64_t> shape{n, groups, block * format.bits / 8};
   TensorView codes = inputs[kB];
   QMOE_REQUIRE(codes.shape == shape, "B is ", codes.Describe(), "; with N=", n, ", K=", k,
                ", bits=", format.bits, " and block_size=", block_size, " it must be uint8[",
@@ -99,7 +119,7 @@ Projection TakeStored(const MatMulNBitsAttributes& a, const std::vector<TensorVi
                  "; it must be [", n, "] = [N]");
     bias.shape = {1, n};
   }
-  CheckScales(choice, inputs);
+  CheckScales(choice, block_size, inputs);
 
   Projection p;
   p.name = std::string("B");
@@ -108,7 +128,7 @@ Projection TakeStored(const MatMulNBitsAttributes& a, const std::vector<TensorVi
   p.n = n;
   p.k = k;
   p.block_size = block_size;
-  p.scale_rows = format.square_blocks ? block_size : 1;
+  p.scale_rows = format.square_blocks && block_size ? block_size : 1;
   p.layout = layout;
   p.codes = codes;
   p.scales = ByRow(inputs[kScales], "scales", (n + p.scale_rows - 1) / p.scale_rows);
@@ -155,15 +175,12 @@ MatMulNBitsAttributes ReadMatMulNBitsAttributes(const Attributes& node) {
 MatMulNBitsNode InterpretMatMulNBits(const MatMulNBitsAttributes& a,
                                      const std::vector<TensorView>& inputs, DType dtype) {
   const int64_t k = Required("K", a.k), n = Required("N", a.n),
-                block_size = Required("block_size", a.block_size);
+                block_size = Required("block_size", a.block_size, 0);
   const FormatChoice choice = FindFormat(a);
   CheckBlockSize(choice, block_size);
   QMOE_REQUIRE(a.accuracy_level >= 0 && a.accuracy_level <= 4, "accuracy_level is ",
                a.accuracy_level, "; allowed are 0 to 4");
-  const bool packed = a.weights_layout == kPackedLayout;
-  QMOE_REQUIRE(packed || a.weights_layout.empty(), "weights_layout is \"", a.weights_layout,
-               "\"; allowed is \"packed\", for weights packed before. Other layouts are named by "
-               "weight_prepacked");
+  const bool packed = IsPacked(a.weights_layout, "Other layouts are named by weight_prepacked");
   MatMulNBitsNode node;
   node.config.dtype = dtype;
   node.config.n = n;

@@ -3,7 +3,9 @@
 //
 // B is of the integer format that `bits` says, or of the one that weight_format names (an attribute
 // of ours: a registered format). Scales are then of that format's types (ops/formats/format.h), with
-// a codebook [16] or a global scale [1] where it has one: inputs 6 and 7, which are ours too.
+// a codebook [16] or a global scale [1] where it has one: inputs 6 and 7, which are ours too. Formats
+// with square blocks may have block_size 0: one block is the row (G = 1), and there is only a global
+// scale.
 //
 // G = ceil(K / block_size). Shapes: B [N, G, block_size * bits / 8], scales [N, G] or [N * G], zero
 // points packed [N, ceil(G * bits / 8)] or one value a block [N, G] (both flat, too), scales

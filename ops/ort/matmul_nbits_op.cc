@@ -27,15 +27,15 @@ constexpr InputSpec kInputs[] = {
 static_assert(std::size(kInputs) == kMatMulNBitsInputs);
 
 constexpr InputSpec kFp8WeightInputs[] = {
-    {"A", false, false},     {"B", false, true},   {"b_scale", false, true},
+    {"A", false, false},     {"B", false, true},   {"b_scale", true, true},
     {"a_scale", true, true}, {"bias", true, true},
 };
 static_assert(std::size(kFp8WeightInputs) == size_t(Fp8WeightInput::kCount));
 
 constexpr InputSpec kFp4WeightInputs[] = {
-    {"A", false, false},           {"B", false, true},
-    {"weight_scale", false, true}, {"weight_scale_2", false, true},
-    {"input_scale", true, true},   {"bias", true, true},
+    {"A", false, false},          {"B", false, true},
+    {"weight_scale", true, true}, {"weight_scale_2", true, true},
+    {"input_scale", true, true},  {"bias", true, true},
 };
 static_assert(std::size(kFp4WeightInputs) == size_t(Fp4WeightInput::kCount));
 
@@ -91,13 +91,13 @@ const OpSpec& Fp8WeightOp() {
   static const OpSpec spec{
       .name = kFp8WeightOpName,
       .inputs = kFp8WeightInputs,
-      .last_dim_attribute = nullptr,
+      .last_dim_attribute = "N",
       .last_dim_input = size_t(Fp8WeightInput::kB),
       .in_place = false,
       .make_kernel = [](const NodeInfo& info) -> std::unique_ptr<OpKernel> {
         const std::vector<TensorView> inputs = info.ConstantInputs();
         const MatMulNBitsNode node =
-            InterpretFp8Weight(info.Int("block_size", kFp8WeightBlockSize), inputs, info.dtype());
+            InterpretFp8Weight(ReadBlockQuantizedAttributes(info), inputs, info.dtype());
         return std::make_unique<MatMulNBitsKernel>(info, node, inputs);
       },
   };
@@ -108,13 +108,13 @@ const OpSpec& Fp4WeightOp() {
   static const OpSpec spec{
       .name = kFp4WeightOpName,
       .inputs = kFp4WeightInputs,
-      .last_dim_attribute = nullptr,
+      .last_dim_attribute = "N",
       .last_dim_input = size_t(Fp4WeightInput::kB),
       .in_place = false,
       .make_kernel = [](const NodeInfo& info) -> std::unique_ptr<OpKernel> {
         const std::vector<TensorView> inputs = info.ConstantInputs();
         const MatMulNBitsNode node =
-            InterpretFp4Weight(info.Int("block_size", kFp4WeightBlockSize), inputs, info.dtype());
+            InterpretFp4Weight(ReadBlockQuantizedAttributes(info), inputs, info.dtype());
         return std::make_unique<MatMulNBitsKernel>(info, node, inputs);
       },
   };

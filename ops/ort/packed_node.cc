@@ -21,7 +21,25 @@ PackedHeader ReadHeader(const char* name, const TensorView& bytes) {
   }
 }
 
+Projection TakeHeader(const char* name, const TensorView& bytes, const PackedHeader& header) {
+  Projection p;
+  p.name = name;
+  p.format = &GetFormat(header.FormatName());
+  p.experts = header.experts;
+  p.n = header.rows;
+  p.k = header.k;
+  p.block_size = header.block_size;
+  p.packed = bytes;
+  return p;
+}
+
 }  // namespace
+
+bool IsPacked(const std::string& weights_layout, const char* otherwise) {
+  QMOE_REQUIRE(weights_layout == kPackedLayout || weights_layout.empty(), "weights_layout is \"",
+               weights_layout, "\"; allowed is \"packed\", for weights packed before. ", otherwise);
+  return weights_layout == kPackedLayout;
+}
 
 Projection PackedProjection(const char* name, const TensorView& bytes, const Format& format,
                             int64_t block_size) {
@@ -32,14 +50,17 @@ Projection PackedProjection(const char* name, const TensorView& bytes, const For
                ", but the node's attributes say ", wanted,
                "; give the attributes of the node that was packed, or prepack the original model "
                "again");
-  Projection p;
-  p.name = name;
-  p.format = &format;
-  p.experts = header.experts;
-  p.n = header.rows;
-  p.k = header.k;
-  p.block_size = block_size;
-  p.packed = bytes;
+  return TakeHeader(name, bytes, header);
+}
+
+Projection PackedPlainProjection(const char* name, const TensorView& bytes) {
+  const PackedHeader header = ReadHeader(name, bytes);
+  const Projection p = TakeHeader(name, bytes, header);
+  QMOE_REQUIRE(
+      p.format->plain(), name, " weights were packed as ",
+      Text(header.FormatName(), header.block_size),
+      ", but the weights of a MoE are float32, float16 or bfloat16; quantised ones are for "
+      "QMoE");
   return p;
 }
 

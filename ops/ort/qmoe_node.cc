@@ -144,6 +144,7 @@ QMoeAttributes ReadMoEAttributes(const Attributes& node) {
   a.swiglu_fusion = node.Int("swiglu_fusion", a.swiglu_fusion);
   a.swiglu_limit = node.FindFloat("swiglu_limit");
   a.use_sparse_mixer = node.Int("use_sparse_mixer", a.use_sparse_mixer);
+  a.weights_layout = node.String("weights_layout", a.weights_layout);
   return a;
 }
 
@@ -158,7 +159,6 @@ QMoeAttributes ReadQMoeAttributes(const Attributes& node) {
   a.fc1_format = node.String("fc1_format", a.fc1_format);
   a.fc2_format = node.String("fc2_format", a.fc2_format);
   a.quant_type = node.String("quant_type", a.quant_type);
-  a.weights_layout = node.String("weights_layout", a.weights_layout);
   a.weights_prepacked = node.Int("weights_prepacked", a.weights_prepacked);
   return a;
 }

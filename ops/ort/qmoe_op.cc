@@ -55,13 +55,14 @@ static_assert(std::size(kMoEInputs) == size_t(MoEInput::kCount));
 
 class QMoeKernel : public OpKernel {
  public:
-  /// `inputs` are the constant ones that `node` was read from.
-  QMoeKernel(const NodeInfo& info, const QMoeNode& node, std::vector<TensorView> inputs) {
+  /// `inputs` are the constant ones that `node` was read from, `fc1` and `fc2` those of weights.
+  QMoeKernel(const NodeInfo& info, const QMoeNode& node, std::vector<TensorView> inputs, size_t fc1,
+             size_t fc2) {
     if (!node.warning.empty()) info.Log(ORT_LOGGING_LEVEL_WARNING, node.warning);
     config_ = node.config;
     moe_ = MakeQMoe(info.device(), node.config, node.weights);
-    if (StaysInUse(node.weights.fc1, info.device())) inputs[kFc1Weights] = {};
-    if (StaysInUse(node.weights.fc2, info.device())) inputs[kFc2Weights] = {};
+    if (StaysInUse(node.weights.fc1, info.device())) inputs[fc1] = {};
+    if (StaysInUse(node.weights.fc2, info.device())) inputs[fc2] = {};
     ReleaseMappedPages(inputs);
     info.LogPacked(moe_->Packed(), node.weights.fc1.packed.present);
   }
@@ -125,7 +126,7 @@ const OpSpec& QMoeOp() {
       .make_kernel = [](const NodeInfo& info) -> std::unique_ptr<OpKernel> {
         const std::vector<TensorView> inputs = info.ConstantInputs();
         const QMoeNode node = InterpretQMoe(ReadQMoeAttributes(info), inputs, info.dtype());
-        return std::make_unique<QMoeKernel>(info, node, inputs);
+        return std::make_unique<QMoeKernel>(info, node, inputs, kFc1Weights, kFc2Weights);
       },
   };
   return spec;
@@ -140,7 +141,8 @@ const OpSpec& MoEOp() {
       .make_kernel = [](const NodeInfo& info) -> std::unique_ptr<OpKernel> {
         const std::vector<TensorView> inputs = info.ConstantInputs();
         const QMoeNode node = InterpretMoE(ReadMoEAttributes(info), inputs, info.dtype());
-        return std::make_unique<QMoeKernel>(info, node, inputs);
+        return std::make_unique<QMoeKernel>(info, node, inputs, size_t(MoEInput::kFc1Weights),
+                                            size_t(MoEInput::kFc2Weights));
       },
   };
   return spec;

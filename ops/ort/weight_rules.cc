@@ -30,9 +30,9 @@ void CheckScaleType(const FormatChoice& choice, const std::string& input,
       if (IsFloat(dtype)) {
         FailInvalid(
             choice.says, " is given, but ", given,
-            ", not float8e8m0. The model builder of onnxruntime-genai 0.18 writes such nodes for "
-            "Qwen3.5-MoE with moe_quant_type=mxfp4: they hold prepacked int4 weights. Export the "
-            "model again with moe_quant_type=int4");
+            ", not float8e8m0. The model builder of onnxruntime-genai 0.18 writes such nodes with "
+            "moe_quant_type=mxfp4 for every model but gpt-oss: they hold prepacked int4 weights. "
+            "Export the model again with moe_quant_type=int4");
       }
       QMOE_REQUIRE(dtype == DType::kFloat8E8M0 || dtype == DType::kUint8, given, "; scales of ",
                    choice.says, " must be float8e8m0, or uint8 with the same bytes");

@@ -33,6 +33,7 @@ def explain(
     activation: str,
     experts: int,
     rows: int,
+    topk: int,
     n: int,
     k: int,
     block_size: int,
@@ -84,3 +85,26 @@ def dequantize(
     block_size: int,
 ) -> npt.NDArray[np.float32]:
     """Decodes packed rows to [R, K]."""
+
+def round_to_codes(
+    weights: npt.NDArray[np.float32],
+    values: list[float],
+    scales: npt.NDArray[np.float32],
+    zeros: npt.NDArray[np.float32] | None,
+    default_zero: float,
+    height: int,
+    width: int,
+) -> npt.NDArray[np.uint8]:
+    """The nearest codes of [N, K] for scales [N / height, K / width], packed."""
+
+def rounding_errors(
+    weights: npt.NDArray[np.float32],
+    values: list[float],
+    scales: npt.NDArray[np.float32],
+    zeros: npt.NDArray[np.float32] | None,
+    default_zero: float,
+    height: int,
+    width: int,
+    importance: npt.NDArray[np.float32] | None,
+) -> npt.NDArray[np.float32]:
+    """The sum of squared errors of each block, [N / height, K / width]."""

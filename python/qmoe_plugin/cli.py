@@ -1,6 +1,7 @@
 """The command line: ``python -m qmoe_plugin``. No logic here, only arguments and printing.
 
-Exit codes: 0 if all is well, 1 if something is wrong (said on standard error), 2 for bad arguments.
+Exit codes: 0 if all is well, 1 if something is wrong (said on standard error), 2 for bad arguments,
+130 if interrupted.
 """
 
 from __future__ import annotations
@@ -10,34 +11,46 @@ import dataclasses
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import qmoe_plugin
 from qmoe_plugin import doctor
+from qmoe_plugin.commands import add_commands
 from qmoe_plugin.graph.inspect import explain_model
 from qmoe_plugin.graph.quantize_rules import parse_rule
 from qmoe_plugin.graph.quantize_weights import SEARCHES
+from qmoe_plugin.progress import Bar
 from qmoe_plugin.tables import kernel_table, support_page
+
+_INTERRUPTED = 130  # as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    options = parser().parse_args(arguments)
+    level = logging.INFO if options.verbose else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
     try:
         code: int = options.run(options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
+        if options.verbose:
+            traceback.print_exc()
         print(f"qmoe_plugin: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("qmoe_plugin: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qmoe_plugin", description=qmoe_plugin.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--version", action="version", version=qmoe_plugin.__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    made = argparse.ArgumentParser(prog="python -m qmoe_plugin", description=qmoe_plugin.__doc__)
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.add_argument("--version", action="version", version=qmoe_plugin.__version__)
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("doctor", help="check the installation and try the ops out")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -73,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         help="format of what the expression is found in, nodes or weights; or keep. The first "
         "that matches counts",
     )
-    command.add_argument("--search", choices=SEARCHES, default="nearest", help="how scales are set")
+    command.add_argument("--search", choices=SEARCHES, help="how scales are set (nearest)")
+    command.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="made by calibrate; for --search mse"
+    )
     command.add_argument("--dry-run", action="store_true", help="only say what would be done")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_quantize)
@@ -95,7 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     _add_sm(command)
     command.set_defaults(run=_explain)
-    return parser
+
+    add_commands(commands)
+    for command in commands.choices.values():
+        command.add_argument(
+            "-v", "--verbose", action="store_true", help="log what is done; trace errors"
+        )
+    return made
 
 
 def _rule(text: str) -> tuple[str, str]:
@@ -148,14 +170,17 @@ def _retarget(options: argparse.Namespace) -> int:
 def _quantize(options: argparse.Namespace) -> int:
     if options.output is None and not options.dry_run:
         raise ValueError("say where to write the new model, or give --dry-run")
-    report = qmoe_plugin.quantize(
-        options.input,
-        options.output,
-        format=options.format,
-        rules=options.rule,
-        search=options.search,
-        dry_run=options.dry_run,
-    )
+    with Bar("weights") as bar:
+        report = qmoe_plugin.quantize(
+            options.input,
+            options.output,
+            format=options.format,
+            rules=options.rule,
+            search=options.search,
+            calibration=options.calibration,
+            dry_run=options.dry_run,
+            progress=bar,
+        )
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
     if not report.quantized:
         print("qmoe_plugin: no node was quantised", file=sys.stderr)

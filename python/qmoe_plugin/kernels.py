@@ -55,6 +55,7 @@ class Problem:
         n: Output features; gates and ups together for a gated fc1.
         k: Input features.
         rows: Rows of x over all experts: tokens * topk, or M.
+        topk: Rows of a token, each of another expert; 1 for "dense".
         target: The device it runs on.
         dtype: Activation type: "float32", "float16" or "bfloat16".
         activation: What the epilogue of fc1 applies.
@@ -69,6 +70,7 @@ class Problem:
     n: int
     k: int
     rows: int = 1
+    topk: int = 1
     target: Target = CPU
     dtype: str = "float32"
     activation: str = "identity"
@@ -78,12 +80,12 @@ class Problem:
     accuracy_level: int = 0
 
     def __str__(self) -> str:
-        """As in "fc1 int4 block 32, 8 experts, 256 x 128, 4 rows, float32, CPU"."""
+        """As in "fc1 int4 block 32, 4 of 8 experts, 256 x 128, 4 rows, float32, CPU"."""
         block = f" block {self.block_size}" if self.block_size else " per channel"
         if self.format in formats.PLAIN_FORMATS:
             block = ""
         zero_points = " with zero points" if self.zero_points else ""
-        experts = f"{self.experts} experts, " if self.experts > 1 else ""
+        experts = f"{self.topk} of {self.experts} experts, " if self.experts > 1 else ""
         return (
             f"{self.stage} {self.format}{block}{zero_points}, {experts}{self.n} x {self.k}, "
             f"{self.rows} row{'s' * (self.rows != 1)}, {self.dtype}, {self.target}"

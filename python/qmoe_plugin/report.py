@@ -35,6 +35,7 @@ class NodeReport:
         warning: Something that was decided by custom, as the node does not say it; "" for nothing.
         weights: What was packed or quantised, as in "fc1 int4 block 32, 4 x 192 x 64"; only of
             `prepack` and `quantize`.
+        change: What was done to it, of `fuse`; what was seen, of `calibrate`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class NodeReport:
     kernels: tuple[KernelChoice, ...] = ()
     warning: str = ""
     weights: tuple[str, ...] = ()
+    change: str = ""
 
     @property
     def kernel_text(self) -> str:
@@ -196,6 +198,7 @@ class QuantizeReport(Report):
         unmatched_rules: Rules that counted for no weight, as "REGEX=FORMAT": they match nothing,
             or only what a rule before them matches.
         dry_run: Whether nothing was changed.
+        uncalibrated: Weights that the calibration file, if there is one, says nothing of.
     """
 
     search: str
@@ -204,12 +207,15 @@ class QuantizeReport(Report):
     already: int = 0
     unmatched_rules: tuple[str, ...] = ()
     dry_run: bool = False
+    uncalibrated: tuple[str, ...] = ()
 
     def log(self) -> None:
         """As of all reports, and a warning for each rule that counted for nothing."""
         super().log()
         for rule in self.unmatched_rules:
             logger.warning("the rule %s counted for no weight", rule)
+        for name in self.uncalibrated:
+            logger.warning("the calibration file says nothing of %s", name)
 
     def headline(self) -> str:
         """One line that sums it up."""
@@ -233,7 +239,68 @@ class QuantizeReport(Report):
         if self.unmatched_rules:
             lines.append("rules that counted for no weight:")
             lines += [f"  {rule}" for rule in self.unmatched_rules]
+        if self.uncalibrated:
+            lines.append("weights that the calibration file says nothing of:")
+            lines += [f"  {name}" for name in self.uncalibrated]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class FuseReport(Report):
+    """What one of the passes of `fuse` did.
+
+    Attributes:
+        name: Name of the pass, as in "bias".
+        fused: Nodes that it changed.
+        kept: Nodes that it looked at and left, each with a reason.
+    """
+
+    name: str
+    fused: tuple[NodeReport, ...] = ()
+    kept: tuple[NodeReport, ...] = ()
+
+    def headline(self) -> str:
+        """One line that sums it up."""
+        return f"{self.name}: changed {len(self.fused)} of {len(self.fused) + len(self.kept)} nodes"
+
+    def changed(self) -> tuple[NodeReport, ...]:
+        """The nodes that were changed."""
+        return self.fused
+
+    def detail(self, node: NodeReport) -> str:
+        """What became of a node."""
+        return node.change
+
+
+@dataclass(frozen=True)
+class CalibrateReport(Report):
+    """What `calibrate` saw.
+
+    Attributes:
+        runs: How often the model was run.
+        tokens: Of how many tokens; 0 if it has no input of that name.
+        collected: Nodes whose inputs were seen; a warning where no token came to an expert.
+        kept: Nodes with weights whose inputs were not, each with a reason.
+    """
+
+    runs: int
+    tokens: int
+    collected: tuple[NodeReport, ...] = ()
+    kept: tuple[NodeReport, ...] = ()
+
+    def headline(self) -> str:
+        """One line that sums it up."""
+        total = len(self.collected) + len(self.kept)
+        text = f"saw the inputs of {len(self.collected)} of {total} nodes in {self.runs} runs"
+        return text + (f" of {self.tokens} tokens" if self.tokens else "")
+
+    def changed(self) -> tuple[NodeReport, ...]:
+        """The nodes whose inputs were seen."""
+        return self.collected
+
+    def detail(self, node: NodeReport) -> str:
+        """How much was seen."""
+        return node.change
 
 
 def _grouped(nodes: Iterable[NodeReport], text_of: Callable[[NodeReport], str]) -> list[str]:

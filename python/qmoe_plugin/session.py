@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 Providers = Sequence[str | tuple[str, dict[str, Any]]]
 
-_FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+"""The session option that says where external data of a model given as bytes is."""
 
 _registered: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # overriding?
 _registered_lock = threading.Lock()
@@ -243,7 +244,7 @@ def _common_folder(model: ir.Model) -> Path | None:
 def _folder_entry(options: onnxruntime.SessionOptions) -> str:
     """The folder of external data that the options name; "" if they name none."""
     try:
-        return str(options.get_session_config_entry(_FOLDER_KEY))
+        return str(options.get_session_config_entry(FOLDER_KEY))
     except RuntimeError:
         return ""
 
@@ -261,13 +262,13 @@ def _external_data_folder(
     if folder is None:
         yield
     elif ours:
-        options.add_session_config_entry(_FOLDER_KEY, str(folder.resolve()))
+        options.add_session_config_entry(FOLDER_KEY, str(folder.resolve()))
         yield
     else:
         with _shared_options:
             former = _folder_entry(options)
-            options.add_session_config_entry(_FOLDER_KEY, str(folder.resolve()))
+            options.add_session_config_entry(FOLDER_KEY, str(folder.resolve()))
             try:
                 yield
             finally:
-                options.add_session_config_entry(_FOLDER_KEY, former)
+                options.add_session_config_entry(FOLDER_KEY, former)

@@ -23,12 +23,16 @@ def kernel_table(kernels: Sequence[Kernel]) -> str:
         (*_cells(kernel)[:-1], kernel.limits + ("" if kernel.available else " (not on this CPU)"))
         for kernel in kernels
     ]
-    widths = [max(len(row[i]) for row in [_HEADER, *rows]) for i in range(len(_HEADER))]
-    lines = [
+    return "\n".join(text_table(_HEADER, rows))
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table for a terminal."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [_HEADER, *rows]
+        for row in [header, *rows]
     ]
-    return "\n".join(lines)
 
 
 def support_page(kernels: Sequence[Kernel], formats: Iterable[Format]) -> str:
@@ -62,7 +66,9 @@ def support_page(kernels: Sequence[Kernel], formats: Iterable[Format]) -> str:
 def _cells(kernel: Kernel) -> tuple[str, ...]:
     where: str = kernel.device
     if kernel.device == "CUDA":
-        where = f"sm_{kernel.min_sm} to sm_{kernel.max_sm}"
+        where = f"sm_{kernel.min_sm}"
+        if kernel.max_sm != kernel.min_sm:
+            where += f" to sm_{kernel.max_sm}"
     dtypes = ", ".join(kernel.dtypes)
     return (kernel.name, kernel.format, where, dtypes, str(kernel.priority), kernel.limits)
 

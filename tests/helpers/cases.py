@@ -358,7 +358,7 @@ class MatMulNBitsCase:
 
     @property
     def groups(self) -> int:
-        return -(-self.k // self.block_size)
+        return self.fmt.groups(self.k, self.block_size)
 
     def fitted(self) -> MatMulNBitsCase:
         """The same node without what its format does not have."""
@@ -389,7 +389,8 @@ class MatMulNBitsCase:
         """All inputs of the node by name."""
         rng = np.random.default_rng([self.seed, self.n, self.k])
         fmt, dtype = formats.get(self.format), numpy_dtype(self.dtype)
-        padded_k = self.groups * self.block_size
+        block = self.block_size or self.k
+        padded_k = self.groups * block
         weights = random_weights(
             rng,
             fmt,
@@ -408,9 +409,10 @@ class MatMulNBitsCase:
             a = a.reshape(-1)
         tensors: Tensors = {
             "A": a,
-            "B": codes.reshape(self.n, self.groups, self.block_size * fmt.bits // 8),
-            "scales": weights["scales"],
+            "B": codes.reshape(self.n, self.groups, block * fmt.bits // 8),
         }
+        if "scales" in weights:
+            tensors["scales"] = weights["scales"]
         if "codebook" in weights:
             tensors["codebook"] = weights["codebook"]
         if "global_scale" in weights:
@@ -464,7 +466,7 @@ def matmul_nbits_oracle(tensors: Tensors, attributes: dict[str, int | float | st
     optional = ("zero_points", "g_idx", "bias", "codebook", "global_scale")
     inputs = {name: tensors.get(name) for name in optional}
     return reference.matmul_nbits(
-        tensors["A"], tensors["B"], tensors["scales"], **inputs, **attributes
+        tensors["A"], tensors["B"], tensors.get("scales"), **inputs, **attributes
     )
 
 

@@ -33,8 +33,10 @@ def problems(case: Case, target: Target) -> Iterator[Problem]:
         )
         return
     gated = case.activation in GATED or case.fc3
+    topk = case.k + case.shared
     common |= {
-        "rows": case.tokens * (case.k + case.shared),
+        "rows": case.tokens * topk,
+        "topk": topk,
         "experts": case.experts,
     }
     activation = "swiglu" if case.activation == "silu" and case.fc3 else case.activation

@@ -17,14 +17,17 @@ MEGABYTE = 1 << 20
 _TESTS = Path(__file__).parents[1]
 
 
-def big_model(folder: Path, megabytes: int) -> tuple[Path, int]:
-    """A QMoE model with so many MB of int4 weights in an external file, and its packed bytes.
+def big_model(folder: Path, megabytes: int, op_type: str = "QMoE") -> tuple[Path, int]:
+    """A model with so many MB of weights in an external file, and its packed bytes.
+
+    The weights of a QMoE are int4, those of a MoE float16.
 
     The file is written piece by piece, so that the parent process does not hold it either.
     """
     hidden, inter, block = 2048, 1024, 32
     shapes = {"fc1": (2 * inter, hidden), "fc2": (hidden, inter)}
-    experts = max(1, megabytes * MEGABYTE * 2 // sum(n * k for n, k in shapes.values()))
+    bits = 4 if op_type == "QMoE" else 16
+    experts = max(1, megabytes * MEGABYTE * 8 // bits // sum(n * k for n, k in shapes.values()))
     rng = np.random.default_rng(0)
     initializers, offset, packed = [], 0, 0
     with (folder / "big.data").open("wb") as file:
@@ -44,28 +47,28 @@ def big_model(folder: Path, megabytes: int) -> tuple[Path, int]:
             offset += length
 
         for name, (n, k) in shapes.items():
+            if op_type == "MoE":
+                weights = rng.uniform(-0.02, 0.02, (n, k)).astype(np.float16)
+                store(f"{name}_experts_weights", TensorProto.FLOAT16, (n, k), weights.tobytes())
+                packed += experts * (n * k * 2 + n * 4)
+                continue
             store(f"{name}_experts_weights", TensorProto.UINT8, (n, k // 2), rng.bytes(n * k // 2))
             scales = rng.uniform(0.01, 0.02, (n, k // block)).astype(np.float16)
             store(f"{name}_scales", TensorProto.FLOAT16, (n, k // block), scales.tobytes())
             # Codes, a float16 scale a block, a float32 factor a row.
             packed += experts * (n * k // 2 + n * (k // block) * 2 + n * 4)
+    half = len(initializers) // 2
+    names = [tensor.name for tensor in initializers]
     node = helper.make_node(
-        "QMoE",
-        [
-            "input",
-            "router_probs",
-            *(t.name for t in initializers[:2]),
-            "",
-            *(t.name for t in initializers[2:]),
-        ],
+        op_type,
+        ["input", "router_probs", *names[:half], "", *names[half:]],  # no bias
         ["output"],
         name="node",
         domain=DOMAIN,
         k=min(8, experts),
         activation_type="swiglu",
         swiglu_fusion=1,
-        block_size=block,
-        weights_prepacked=0,
+        **({"block_size": block, "weights_prepacked": 0} if op_type == "QMoE" else {}),
     )
     values = [
         helper.make_tensor_value_info("input", TensorProto.FLOAT16, ["tokens", hidden]),

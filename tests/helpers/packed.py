@@ -36,7 +36,13 @@ LAYOUTS = {1: "cuda_tile16x64", 2: "cpu_panel16"}
 SCALE_DTYPES = {1: "float32", 10: "float16"}
 FLAGS = {"gated": 1, "zero_offsets": 2, "bias": 4, "sum_scale": 8, "permuted_k": 16}
 
-WEIGHTS = {"QMoE": {"fc1": 2, "fc2": 5}, "MatMulNBits": {"B": 1}}
+WEIGHTS = {
+    "QMoE": {"fc1": 2, "fc2": 5},
+    "MoE": {"fc1": 2, "fc2": 4},
+    "MatMulNBits": {"B": 1},
+    "MatMulBlockQuantizedFp8Weight": {"B": 1},
+    "MatMulBlockQuantizedFp4Weight": {"B": 1},
+}
 
 
 @dataclass

@@ -61,6 +61,11 @@ def quick_cases(format_name: str) -> list[Case]:
                 made(dtype=dtype, m=2, n=17, k=94, block_size=32, a_scale=True),
                 made(dtype=dtype, m=70, n=130, k=320, bias=False, a_scale=True),
             ]
+        if fmt.square_blocks:
+            cases += [
+                MatMulNBitsCase(**common, block_size=0, m=1, n=40, k=288),
+                MatMulNBitsCase(**common, block_size=0, m=40, n=17, k=93, bias=False),
+            ]
         zero_points = "packed" if fmt.zero_points else "none"
         for level in (3, 4):
             rounding = {**common, "accuracy_level": level}

@@ -30,7 +30,7 @@ def _common(layers: int) -> dict[str, Any]:
     }
 
 
-def gpt_oss() -> PreTrainedModel:
+def gpt_oss(intermediate_size: int = 96) -> PreTrainedModel:
     """gpt-oss: biased experts, clamped SwiGLU, attention sinks, alternating sliding window."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -38,7 +38,7 @@ def gpt_oss() -> PreTrainedModel:
         **_common(layers=2),
         num_local_experts=8,
         num_experts_per_tok=4,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         sliding_window=32,
         max_position_embeddings=4096,
         rope_parameters={

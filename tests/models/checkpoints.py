@@ -7,6 +7,7 @@ weights are on the grid, exports to it lose nothing: PyTorch's float32 logits ar
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,9 +50,17 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         Recipe("gpt_oss", architectures.gpt_oss, experts_grid="mxfp4", experts_transposed=True),
+        # What stock CUDA kernels' layouts and int2 need: sizes in multiples of 64.
+        Recipe(
+            "gpt_oss_64",
+            functools.partial(architectures.gpt_oss, intermediate_size=64),
+            experts_grid="mxfp4",
+            experts_transposed=True,
+        ),
         Recipe(
             "qwen35_moe", architectures.qwen35_moe, grid="int4_channel", experts_grid="int4_channel"
         ),
+        Recipe("qwen35_moe_int2", architectures.qwen35_moe, experts_grid="int2"),
         Recipe("lfm2_moe", architectures.lfm2_moe),
         Recipe("gemma4", architectures.gemma4),
         Recipe("qwen3_moe", architectures.qwen3_moe, gptq=".experts."),

@@ -50,7 +50,7 @@ class Export:
     exporter: Literal["genai", "mobius"]
     # genai: precision, execution provider, extra options; mobius: keyword arguments.
     arguments: tuple[str, ...]
-    activations: Literal["float32", "float16"] = "float32"
+    activations: Literal["float32", "float16", "bfloat16"] = "float32"
 
     @property
     def id(self) -> str:
@@ -68,6 +68,14 @@ _PREPACKED_1 = "matmulnbits_weights_prepacked=1"
 _PREPACKED_INT8 = ("int8", *_CUDA, "moe_quant_type=int8")
 _INT4_FP16 = ("int4", *_RAW_CUDA)
 _INT8_FP16 = ("int8", *_RAW_CUDA, "moe_quant_type=int8")
+_BF16 = "use_cuda_bf16=true"
+_MXFP4 = "moe_quant_type=mxfp4"
+_INT2 = ("int4", *_CUDA, "moe_quant_type=int2", "qmoe_block_size=64")
+# Only the builder's second kind of configuration has widths for fc1 and fc2.
+_INT2_INT4 = (
+    *("int4", *_CUDA, "--builder_config_version", "2", "--target_options"),
+    '{"quant_config": {"moe": {"type": "int4", "fc1_type": "int2", "block_size": 64}}}',
+)
 
 
 def _genai(recipe: str) -> list[Export]:
@@ -101,6 +109,7 @@ EXPORTS = [
     *_genai("gemma4"),
     *_float("gpt_oss"),
     *_float("qwen35_moe"),
+    *_float("lfm2_moe"),
     # Qwen3.5's weights have one scale a row: these grids lose nothing either.
     Export("qwen35_moe", "int4_channel", "genai", (*_INT4, "qmoe_block_size=0")),
     Export("qwen35_moe", "int8_channel", "genai", (*_INT8, "qmoe_block_size=0")),
@@ -124,18 +133,68 @@ EXPORTS = [
         (*_PREPACKED_INT8, "qmoe_block_size=0"),
         "float16",
     ),
+    Export(
+        "qwen35_moe",
+        "prepacked_int8_sm90",
+        "genai",
+        (*_PREPACKED_INT8, "matmulnbits_weights_prepacked=2", "block_size=64"),
+        "float16",
+    ),
+    Export(
+        "qwen35_moe",
+        "prepacked_int4_channel",
+        "genai",
+        ("int4", *_CUDA, "qmoe_block_size=0"),
+        "float16",
+    ),
     Export("lfm2_moe", "prepacked_int4", "genai", ("int4", *_CUDA), "float16"),
+    Export("lfm2_moe", "prepacked_int8", "genai", _PREPACKED_INT8, "float16"),
     Export("gemma4", "prepacked_int4", "genai", ("int4", *_CUDA), "float16"),
-    Export("gpt_oss", "mxfp4", "genai", ("int4", *_CUDA, "moe_quant_type=mxfp4"), "float16"),
+    Export("gpt_oss_64", "prepacked_int4", "genai", ("int4", *_CUDA), "float16"),
+    # With precision int8, the builder ignores use_cuda_bf16 and writes float16.
+    Export(
+        "gpt_oss_64",
+        "prepacked_int8_bf16",
+        "genai",
+        ("int4", *_CUDA, "moe_quant_type=int8", _BF16),
+        "bfloat16",
+    ),
+    Export("gpt_oss", "mxfp4", "genai", ("int4", *_CUDA, _MXFP4), "float16"),
+    Export("gpt_oss", "mxfp4_bf16", "genai", ("int4", *_CUDA, _MXFP4, _BF16), "bfloat16"),
+    Export("gpt_oss", "int4_bf16", "genai", (*_INT4_FP16, _BF16), "bfloat16"),
+    Export("gpt_oss", "bfloat16", "genai", ("bf16", *_CUDA), "bfloat16"),
+    Export("qwen35_moe_int2", "int2", "genai", _INT2, "float16"),
+    Export("qwen35_moe_int2", "int2_int4", "genai", _INT2_INT4, "float16"),
+    Export("qwen35_moe_int2", "int2_bf16", "genai", (*_INT2, _BF16), "bfloat16"),
     *_mobius("qwen3_moe"),
     *_mobius("glm4_moe"),
     *_mobius("deepseek_v3"),
 ]
 
-# The builder's broken MXFP4.
+# The builder's broken MXFP4: of every architecture but gpt-oss. No weights are kept of these.
 FOREIGN_EXPORTS = [
-    Export("qwen35_moe", "mxfp4", "genai", ("int4", "cuda", "moe_quant_type=mxfp4"), "float16"),
+    Export(recipe, "mxfp4", "genai", ("int4", "cuda", _MXFP4), "float16")
+    for recipe in ("qwen35_moe", "lfm2_moe", "gemma4")
 ]
+
+# What the builder does not write, and what it says. Should a later one write it, test it above.
+REFUSED_EXPORTS = {
+    Export("gpt_oss", "prepacked_int4", "genai", ("int4", *_CUDA)): (
+        "num_rows (96) is incompatible with column-interleave tiling"
+    ),
+    Export("gpt_oss", "nvfp4", "genai", ("int4", *_CUDA, "moe_quant_type=nvfp4")): (
+        "moe_quant_type=nvfp4 is not supported for GPT-OSS"
+    ),
+    Export("lfm2_moe", "nvfp4", "genai", ("int4", *_CUDA, "moe_quant_type=nvfp4")): (
+        "Block-wise QMoE only supports block_size 32, 64, or 128, got 16"
+    ),
+    Export("lfm2_moe", "int2_cpu", "genai", ("int4", "cpu", *_INT2[-2:])): (
+        "INT2 QMoE is only supported on the CUDA EP"
+    ),
+    Export("lfm2_moe", "int2_channel", "genai", (*_INT2[:-1], "qmoe_block_size=0")): (
+        "INT2 CUDA QMoE requires qmoe_block_size=64 or 128"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -165,6 +224,11 @@ class Exports:
     def expected(self, export: Export) -> Expected:
         with np.load(self.folder / export.recipe / "expected.npz") as data:
             return Expected(data["prompt"].tolist(), data["tokens"].tolist(), data["logits"])
+
+    def refusals(self) -> dict[str, str]:
+        """What the builder said to each of REFUSED_EXPORTS."""
+        said: dict[str, str] = json.loads((self.folder / "refused.json").read_text())
+        return said
 
 
 def by_id(identifier: str) -> Export:

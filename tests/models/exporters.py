@@ -5,6 +5,7 @@ Run as `python -m models.exporters FOLDER` by `export.py`; needs the extra `mode
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import shutil
@@ -26,12 +27,20 @@ from transformers import PreTrainedModel
 
 from models.architectures import VOCAB
 from models.checkpoints import RECIPES, SEED, make_checkpoint
-from models.export import EXPORTS, FOREIGN_EXPORTS, NEW_TOKENS, PROMPT_LENGTH, Export
+from models.export import (
+    EXPORTS,
+    FOREIGN_EXPORTS,
+    NEW_TOKENS,
+    PROMPT_LENGTH,
+    REFUSED_EXPORTS,
+    Export,
+)
 
 
 def main(folder: Path) -> None:
     """Fills a cache folder."""
     torch.set_num_threads(1)  # the models are too small for more
+    refusals: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, recipe in RECIPES.items():
             checkpoint = Path(scratch) / name
@@ -46,7 +55,23 @@ def main(folder: Path) -> None:
                 shutil.rmtree(target, ignore_errors=True)
                 run = _run_genai_builder if export.exporter == "genai" else _run_mobius
                 run(export, checkpoint, target)
+                if export in FOREIGN_EXPORTS:
+                    (target / "model.onnx.data").unlink()
                 print(f"exported {export.id} in {time.monotonic() - start:.1f} s", flush=True)
+            for export in REFUSED_EXPORTS:
+                if export.recipe == name:
+                    refusals[export.id] = _refusal(export, checkpoint)
+    (folder / "refused.json").write_text(json.dumps(refusals, indent=2))
+
+
+def _refusal(export: Export, checkpoint: Path) -> str:
+    """What the builder says to an export that it does not make."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            _run_genai_builder(export, checkpoint, Path(scratch))
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+    return ""
 
 
 @torch.no_grad()

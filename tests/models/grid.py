@@ -10,6 +10,8 @@ along the contraction axis holds the grid's extremes, so that an exporter finds 
 * `int4_channel`: as `int4`, with one positive scale a row: per-channel quantizers are exact too,
   and so are all block sizes.
 * `int4_asymmetric`: q in -z..15-z with a random z a block, both ends present, positive scales.
+* `int2`: q in -2..1, both ends present, a scale (with a sign) for each 64 weights, as the builder's
+  blocks are at least that.
 * `mxfp4`: q in {0, 1, 2, 3, 4, 6, 8} with signs, the scale a power of two, that is, twice what FP4
   E2M1 holds; -8 (4.0) in each block and +8 in none: on the int4 grid and on the MXFP4 grid.
 """
@@ -22,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 32
-Grid = Literal["int4", "int4_channel", "int4_asymmetric", "mxfp4"]
+INT2_BLOCK = 64
+Grid = Literal["int4", "int4_channel", "int4_asymmetric", "int2", "mxfp4"]
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
@@ -45,12 +48,14 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...], grid: Grid, gain: flo
         exponent = np.floor(np.log2(target)) + rng.integers(0, 2, blocks)
         scale = np.exp2(exponent) * rng.choice([-1.0, 1.0], blocks)
     else:
-        per_row = grid == "int4_channel"
-        scale_shape = (*lead, 1) if per_row else blocks
+        width = {"int4_channel": k, "int2": INT2_BLOCK}.get(grid, BLOCK)
+        if k % width:
+            raise ValueError(f"the contraction axis has {k} elements; {grid} has blocks of {width}")
+        scale_shape = (*lead, k // width)
         exponent = np.floor(np.log2(target)) + rng.integers(-1, 1, scale_shape)
-        sign = rng.choice([-1.0, 1.0], scale_shape) if grid == "int4" else 1.0
+        sign = rng.choice([-1.0, 1.0], scale_shape) if grid in ("int4", "int2") else 1.0
         scale = np.exp2(exponent) * rng.choice(_MANTISSAS, scale_shape) * sign
-        scale = np.broadcast_to(scale, blocks)
+        scale = np.repeat(scale, width // BLOCK, axis=-1)
     return (q * scale[..., None]).astype(np.float32).reshape(shape)
 
 
@@ -59,6 +64,9 @@ def _draw_units(rng: np.random.Generator, shape: tuple[int, ...], grid: Grid) ->
     if grid == "mxfp4":
         q = rng.choice(_MXFP4_UNITS, shape)
         extremes = [-8]
+    elif grid == "int2":
+        q = rng.integers(-2, 2, shape).astype(np.int8)
+        extremes = [-2, 1]
     else:
         q = rng.integers(-8, 8, shape).astype(np.int8)
         extremes = [-8, 7]

@@ -9,30 +9,26 @@ import numpy as np
 import pytest
 
 import qmoe_plugin
-from models import check, export
+from models import check, export, genai
 from models.runner import Decoder
-from models.test_genai_models import EXACT, configure, generate
-from qmoe_plugin.devices import best_target
+from models.test_genai_models import RUNS
 
 pytestmark = pytest.mark.models
 
-# prepack takes quantised weights only, not those of op MoE.
-PACKABLE = [item for item in export.EXPORTS if item.name not in ("float32", "float16")]
 
-
-def prepack(item: export.Export, exports: export.Exports, output: Path, sm: int | None) -> None:
+def prepack(model: Path, output: Path, sm: int) -> None:
     """Writes the packed model; nothing may be left unpacked."""
-    report = qmoe_plugin.prepack(exports.model(item) / "model.onnx", output, sm=sm)
+    report = qmoe_plugin.prepack(model, output, sm=sm)
     assert report.packed
     assert not report.kept, str(report)
 
 
-@pytest.mark.parametrize("item", PACKABLE, ids=lambda item: item.id)
+@pytest.mark.parametrize("item", export.EXPORTS, ids=lambda item: item.id)
 def test_logits(item: export.Export, exports: export.Exports, device: str, tmp_path: Path) -> None:
-    sm = best_target().sm if device == "cuda" else None
+    model = check.model_path(item, exports, device, tmp_path)
     packed = tmp_path / "packed" / "model.onnx"
-    prepack(item, exports, packed, sm)
-    exported = check.open_session(exports.model(item), device, tmp_path)
+    prepack(model, packed, genai.sm_of(device))
+    exported = check.open_session(model, device, tmp_path)
     prepacked = qmoe_plugin.session(packed, check.PROVIDERS[device])
     expected = exports.expected(item)
     first, second = Decoder(exported), Decoder(prepacked)
@@ -40,15 +36,14 @@ def test_logits(item: export.Export, exports: export.Exports, device: str, tmp_p
         np.testing.assert_array_equal(first.step(tokens), second.step(tokens))
 
 
-@pytest.mark.parametrize(
-    "item", [item for item in EXACT if item in PACKABLE], ids=lambda item: item.id
-)
+@pytest.mark.parametrize(("item", "device"), RUNS, indirect=["device"])
 def test_genai_generates_the_same_tokens(
-    item: export.Export, exports: export.Exports, tmp_path: Path
+    item: export.Export, exports: export.Exports, device: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "genai"
     ignored = shutil.ignore_patterns("model.onnx*")
     shutil.copytree(exports.model(item), folder, ignore=ignored)
-    prepack(item, exports, folder / "model.onnx", None)
-    configure(folder, {})
-    assert generate(folder, exports.expected(item)) == exports.expected(item).tokens
+    prepack(exports.model(item) / "model.onnx", folder / "model.onnx", genai.sm_of(device))
+    genai.configure(folder, device)
+    expected = exports.expected(item)
+    genai.check(genai.generate(folder, expected, device), item, expected)

@@ -48,6 +48,14 @@ def test_rows(format_name: str, dtype: str, m: int, device: str) -> None:
     verify(Case(format_name, dtype=dtype, m=m, n=72, k=160), device)
 
 
+@pytest.mark.parametrize("m", [33, 65, 96, 97, 128, 129, 2050])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_row_tiles(format_name: str, dtype: str, m: int, device: str) -> None:
+    """Around the sizes of a tile; with the most rows a GPU has more tiles than multiprocessors."""
+    verify(Case(format_name, dtype=dtype, m=m, n=1100, k=160), device)
+
+
 SHAPES = [(1, 1), (1, 16), (2, 3), (7, 33), (17, 93), (31, 129), (33, 1000), (65, 255), (130, 300)]
 
 
@@ -89,6 +97,16 @@ def test_g_idx(format_name: str, dtype: str, g_idx: str, device: str) -> None:
     kinds = ["none", "packed", "typed"] if formats.get(format_name).zero_points else ["none"]
     for k, zero_points in itertools.product((96, 93), kinds):
         verify(Case(format_name, 16, dtype, g_idx=g_idx, k=k, zero_points=zero_points), device)
+
+
+@pytest.mark.parametrize("m", [1, 2, 9, 40, 130])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_one_scale_for_all_weights(dtype: str, m: int, device: str) -> None:
+    """block_size 0 of a format with square blocks: there is a global scale and no other."""
+    for n, k, bias in ((48, 96, True), (7, 33, False), (300, 1000, True)):
+        case = Case("fp8_e4m3", 0, dtype, m=m, n=n, k=k, bias=bias)
+        assert "scales" not in case.tensors()
+        verify(case, device)
 
 
 OPTIONS = [

@@ -15,10 +15,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from helpers.block_quantized_cases import Fp4WeightCase, Fp8WeightCase
 from helpers.cases import Case, MatMulNBitsCase, QMoECase, feeds_of
 from helpers.dtypes import FLOAT_DTYPES
 from helpers.memory import MEGABYTE, big_model, session_cost
 from helpers.models import one_node_model, save_external
+from helpers.moe_cases import MoECase
 from helpers.packed import (
     LAYOUTS,
     SCALE_DTYPES,
@@ -28,7 +30,7 @@ from helpers.packed import (
     with_input,
     with_packed,
 )
-from helpers.quick import quick_cases
+from helpers.quick import plain_cases, quick_cases
 from helpers.run import bits_of, open_session, run
 from helpers.tolerance import check
 from onnx import helper
@@ -40,7 +42,7 @@ from qmoe_plugin.graph.inspect import explain_model
 
 pytestmark = pytest.mark.usefixtures("library")
 
-M, Q = MatMulNBitsCase, QMoECase
+M, Q, X, F8, F4 = MatMulNBitsCase, QMoECase, MoECase, Fp8WeightCase, Fp4WeightCase
 
 
 def sm_of(device: str) -> int | None:
@@ -60,7 +62,10 @@ def prepacked(case: Case, sm: int | None = None, domain: str = "qmoe_plugin") ->
 
 INTEGERS = ("int2", "int4", "int8")
 CASES: list[Case] = [
-    *(case for name in formats.FORMATS for case in quick_cases(name) if case.op_type in ("QMoE", "MatMulNBits") and getattr(case, "g_idx", "none") == "none"),
+    *(case for name in formats.FORMATS for case in quick_cases(name) if getattr(case, "g_idx", "none") == "none"),
+    *(case for name in formats.PLAIN_FORMATS for case in plain_cases(name)),
+    *(X(dtype=dtype, fusion=0, fc3=True, activation=activation, alpha=1.3, beta=0.5) for dtype in FLOAT_DTYPES for activation in ("silu", "swiglu", "geglu")),
+    *(made(dtype=dtype, n=17, k=94, bias=bias, a_scale=True, block_size=16) for made in (F8, F4) for dtype in FLOAT_DTYPES for bias in (True, False)),
     # ups of their own, and activations that say so in another way than packed nodes do
     *(Q(name, fusion=0, fc3=True, activation=activation, alpha=1.3, beta=0.5, limit=limit) for name in INTEGERS for activation, limit in (("silu", 2.0), ("swiglu", 2.0), ("geglu", None))),
     Q("fp8_e4m3", block_size=64, fusion=0, fc3=True, activation="silu", hidden=80, inter=112),
@@ -96,7 +101,18 @@ def test_same_bits(case: Case, device: str) -> None:
     check(case, tensors, result)
 
 
-@pytest.mark.parametrize("case", [Q("int4", zero_points=True), Q("mxfp4"), M("int8")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Q("int4", zero_points=True),
+        Q("mxfp4"),
+        M("int8"),
+        X(dtype="float16"),
+        F8(a_scale=True),
+        F4(),
+    ],
+    ids=str,
+)
 def test_same_bits_from_files(case: Case, device: str, tmp_path: Path) -> None:
     """External data in, external data out: it is mapped, and used where it lies."""
     tensors = case.tensors()
@@ -147,9 +163,10 @@ def test_bytes_are_a_function_of_the_weights(case: Case, sm: int | None) -> None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_memory_of_a_session(device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("op_type", ["QMoE", "MoE"])
+def test_memory_of_a_session(op_type: str, device: str, tmp_path: Path) -> None:
     """The CPU uses the mapped file as it is; a GPU gets its copy, and the host keeps none."""
-    path, packed = big_model(tmp_path, 256)
+    path, packed = big_model(tmp_path, 256, op_type)
     output = tmp_path / "packed.onnx"
     qmoe_plugin.prepack(path, output, sm=sm_of(device))
     cost = session_cost(output, device)
@@ -243,9 +260,10 @@ DAMAGED = {
 
 @pytest.mark.quick
 @pytest.mark.parametrize("what", DAMAGED)
-@pytest.mark.parametrize("case", [Q(), M()], ids=["QMoE", "MatMulNBits"])
+@pytest.mark.parametrize("case", [Q(), M(), X(), F8(), F4()], ids=lambda case: case.op_type)
 def test_damage(case: Case, what: str) -> None:
     change, text = DAMAGED[what]
+    text = text.replace("int4", case.format)
     model = prepacked(case)
     for name, content in packed_tensors(model).items():
         message = refusal(with_packed(model, {name: change(content.copy())}))
@@ -255,7 +273,7 @@ def test_damage(case: Case, what: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("case_type", [Q, M], ids=["QMoE", "MatMulNBits"])
+@pytest.mark.parametrize("case_type", [Q, M, X, F8, F4], ids=lambda case_type: case_type.op_type)
 def test_weights_for_a_gpu_on_the_cpu(case_type: type[Case], dtype: str) -> None:
     message = refusal(prepacked(case_type(dtype=dtype), 90))
     assert "weights were packed for CUDA GPUs from sm_80 (layout cuda_tile16x64)" in message
@@ -265,7 +283,7 @@ def test_weights_for_a_gpu_on_the_cpu(case_type: type[Case], dtype: str) -> None
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("case_type", [Q, M], ids=["QMoE", "MatMulNBits"])
+@pytest.mark.parametrize("case_type", [Q, M, X, F8, F4], ids=lambda case_type: case_type.op_type)
 def test_weights_for_the_cpu_on_a_gpu(case_type: type[Case]) -> None:
     sm = sm_of("cuda")
     message = refusal(prepacked(case_type(dtype="float16")), "cuda")
@@ -324,6 +342,29 @@ MISFITS: dict[str, tuple[Case, Callable[[onnx.ModelProto], onnx.ModelProto], str
     "matmul: g_idx beside": (M(), lambda m: with_input(m, 4, np.zeros(96, np.int32)), "B is packed, which"),
     "matmul: weight_prepacked": (M(), lambda m: with_attributes(m, weight_prepacked=1), 'weights_layout is "packed", but weight_prepacked=1 is given too'),
     "matmul: another layout": (M(), lambda m: with_attributes(m, weights_layout="raw"), 'weights_layout is "raw"; allowed is "packed"'),
+    "moe: quantised": (X(), lambda m: with_packed(m, packed_tensors(prepacked(Q()))), r"fc1 weights were packed as int4 block 32, but the weights of a MoE are float32, float16 or bfloat16; quantised ones are for QMoE"),
+    "moe: bias beside": (X(), lambda m: with_input(m, 5, ONES[:, :64, 0]), r"fc2 is packed, which has everything in it, but float32\[4, 64\] is given as well"),
+    "moe: fc3 beside": (X(fusion=0), lambda m: with_input(m, 6, np.zeros((4, 96, 64), np.float32)), "fc1 has fc3 in it; leave fc3 out"),
+    "moe: no gates": (X(), lambda m: with_attributes(m, activation_type="relu", swiglu_fusion=None), "fc1 packed weights are 4 x 192 x 64; this node needs 4 x 96 x 64|fc2 packed weights are"),
+    "moe: another layout": (X(), lambda m: with_attributes(m, weights_layout="raw"), 'weights_layout is "raw"; allowed is "packed"'),
+    "moe: not packed": (X(), lambda m: with_attributes(m, weights_layout=None), r"input 2 \(fc1_experts_weights\) is uint8\[\d+\]; it must be float32"),
+    "moe: weights of fc2 for fc1": (X(), lambda m: with_packed(m, dict(zip(("fc2", "fc1"), packed_tensors(m).values(), strict=True))), "packed weights are 4 x|even number|packed for"),
+    **{
+        f"{made.op_type}: {what}": (made(), change, text.replace("FORMAT", made().format).replace("BLOCK", block))
+        for made, block in ((F8, "128"), (F4, "16"))
+        for what, change, text in (
+            ("other blocks", lambda m: with_attributes(m, block_size=64), "B weights were packed as FORMAT block BLOCK, but .* say FORMAT block 64"),
+            ("other N", lambda m: with_attributes(m, N=32), "B holds 1 x 48 x 96 weights; this node needs 1 x 32 x 96"),
+            ("other K", lambda m: with_attributes(m, K=95), "B holds 1 x 48 x 96 weights; this node needs 1 x 48 x 95"),
+            ("no N", lambda m: with_attributes(m, N=None), "but attribute N is missing; packed weights need N and K"),
+            ("no K", lambda m: with_attributes(m, K=None), "but attribute K is missing; packed weights need N and K"),
+            ("scales beside", lambda m: with_input(m, 2, np.ones((48, 1), np.float32)), "B is packed, which has everything in it"),
+            ("another layout", lambda m: with_attributes(m, weights_layout="raw"), 'weights_layout is "raw"; allowed is "packed"'),
+            ("not packed", lambda m: with_attributes(m, weights_layout=None), "attributes N and K are for packed weights"),
+        )
+    },
+    "fp8: a_scale beside": (F8(), lambda m: with_input(m, 3, np.ones((), np.float32)), "B was packed without a scale of activations, unlike what this node has"),
+    "fp4: weight_scale_2 beside": (F4(), lambda m: with_input(m, 3, np.ones((), np.float32)), "B is packed, which"),
     "matmul: not packed": (M(), lambda m: with_attributes(m, weights_layout=None), r"input 2 \(scales\) is missing"),
 }  # fmt: skip
 
@@ -343,10 +384,26 @@ def test_activation_scales_left_out() -> None:
     assert "packed with activation scales, which this node does not have" in refusal(model)
 
 
-def test_matmul_nbits_without_scales() -> None:
+@pytest.mark.parametrize(
+    ("case", "name", "text"),
+    [
+        (M(), "scales", "input 2 (scales) is missing"),
+        (F8(), "b_scale", "input 2 (b_scale) is missing"),
+        (F4(), "weight_scale", "input 2 (weight_scale) is missing"),
+        (F4(), "weight_scale_2", "input 3 (weight_scale_2) is missing"),
+    ],
+    ids=str,
+)
+def test_products_without_scales(case: Case, name: str, text: str) -> None:
     """Packed nodes have none, so the schema cannot ask for them."""
-    case = M()
     tensors = case.tensors()
-    del tensors["scales"], tensors["bias"]
-    message = refusal(one_node_model("MatMulNBits", tensors, case.attributes()))
-    assert "input 2 (scales) is missing" in message
+    del tensors[name], tensors["bias"]
+    assert text in refusal(one_node_model(case.op_type, tensors, case.attributes()))
+
+
+def test_a_scale_of_activations_left_out() -> None:
+    model = prepacked(F8(a_scale=True))
+    (node,) = model.graph.node
+    assert list(node.input) == ["A", "B.packed", "", "a_scale"]
+    del node.input[2:]
+    assert "B was packed with a scale of activations, unlike what this node has" in refusal(model)

@@ -108,6 +108,14 @@ def test_tokens(format_name: str, dtype: str, tokens: int, device: str) -> None:
     verify(Case(format_name, dtype=dtype, tokens=tokens, experts=8, k=3), device=device)
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu", "relu", "gelu", "identity"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_more_tiles_than_multiprocessors(dtype: str, activation: str, device: str) -> None:
+    fusion = 2 if activation == "swiglu" else 0
+    case = Case(dtype=dtype, tokens=900, inter=520, experts=8, k=3, activation=activation)
+    verify(dataclasses.replace(case, fusion=fusion), device=device)
+
+
 FUSIONS = [
     {"activation": activation, "fusion": fusion, "fc3": fc3}
     for activation in ("swiglu", "geglu")

@@ -189,6 +189,13 @@ MATMUL_CASES = st.builds(
     g_idx=st.sampled_from(["none", "shuffled"]),
     bias=st.booleans(),
     flat=st.booleans(),
+) | st.builds(
+    MatMulNBitsCase,
+    format=st.just("fp8_e4m3"),
+    block_size=st.just(0),
+    n=st.sampled_from([48, 64]),
+    k=st.sampled_from([96, 128]),
+    bias=st.booleans(),
 )
 
 
@@ -203,6 +210,14 @@ BLOCK_QUANTIZED_CASES = st.sampled_from([Fp8WeightCase, Fp4WeightCase]).flatmap(
         bias=st.booleans(),
     )
 )
+
+
+BLOCK_QUANTIZED_ATTRIBUTES = {
+    "block_size": st.sampled_from([0, 8, 16, 24, 128]),
+    "N": st.sampled_from([16, 33]),
+    "K": st.sampled_from([16, 34]),
+    "weights_layout": st.sampled_from(["", "raw", "packed"]),
+}
 
 
 def subsets(attributes):
@@ -362,12 +377,15 @@ PACKED_INPUTS = st.sampled_from(
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_packed_weights(data):
-    case = data.draw(st.one_of(QMOE_CASES, MATMUL_CASES, BLANKS))
+    case = data.draw(st.one_of(QMOE_CASES, MATMUL_CASES, MOE_CASES, BLOCK_QUANTIZED_CASES, BLANKS))
     model = case.model() if isinstance(case, Blank) else case.model(case.tensors(), "com.microsoft")
     if not qmoe_plugin.prepack(model, sm=data.draw(st.sampled_from([None, None, None, 90]))).packed:
         return
     (node,) = model.graph.node
-    known = QMOE_ATTRIBUTES if node.op_type == "QMoE" else MATMUL_ATTRIBUTES
+    known = {"QMoE": QMOE_ATTRIBUTES, "MoE": MOE_ATTRIBUTES, "MatMulNBits": MATMUL_ATTRIBUTES}.get(
+        node.op_type, BLOCK_QUANTIZED_ATTRIBUTES
+    )
+    limit = {"QMoE": 20, "MoE": 7}.get(node.op_type, 5)
     change = data.draw(st.sampled_from(["none", "attribute", "bytes", "swap", "input"]))
     packed = packed_tensors(model)
     if change == "attribute":
@@ -379,9 +397,8 @@ def test_packed_weights(data):
     elif change == "swap":
         model = with_packed(model, dict(zip(packed, reversed(packed.values()), strict=True)))
     elif change == "input":
-        index = data.draw(st.integers(2 if node.op_type == "MatMulNBits" else 3, 20))
-        limit = 5 if node.op_type == "MatMulNBits" else 20
-        model = with_input(model, min(index, limit), data.draw(PACKED_INPUTS))
+        index = data.draw(st.integers(3 if "MoE" in node.op_type else 2, limit))
+        model = with_input(model, index, data.draw(PACKED_INPUTS))
     compare(model)
 
 
@@ -391,5 +408,4 @@ def test_block_quantized(data):
     case = data.draw(BLOCK_QUANTIZED_CASES)
     tensors = data.draw(reshaped(case.tensors()))
     model = one_node_model(case.op_type, tensors, case.attributes(), domain="com.microsoft")
-    attributes = {"block_size": st.sampled_from([0, 8, 16, 24, 128])}
-    compare(with_attributes(model, data.draw(subsets(attributes))))
+    compare(with_attributes(model, data.draw(subsets(BLOCK_QUANTIZED_ATTRIBUTES))))

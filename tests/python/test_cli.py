@@ -137,7 +137,7 @@ def test_explain(path, capsys):
     assert main(["explain", str(path), "--sm", "0", "--tokens", "7"]) == 0
     output = capsys.readouterr().out
     assert output.startswith(
-        "com.microsoft.QMoE 'node'\n  fc1 int4 block 32, 4 experts, 192 x 64, 14"
+        "com.microsoft.QMoE 'node'\n  fc1 int4 block 32, 2 of 4 experts, 192 x 64, 14"
     )
     assert "  fc2 int4" in output
 

@@ -250,7 +250,7 @@ def test_only_formats_of_com_microsoft_have_other_layouts():
             Blank("fp4", scales="float16"),
             {},
             {"fc1_global_scale": None, "fc2_global_scale": None},
-            "Qwen3.5-MoE with moe_quant_type=mxfp4",
+            "moe_quant_type=mxfp4 for every model but gpt-oss",
         ),
         (Blank("fp4", scales="float8e4m3fn"), {}, {}, "must be one of float8e8m0, uint8"),
         (Blank("nvfp4", scales="uint8"), {}, {}, "must be one of float8e4m3fn for"),

@@ -46,6 +46,7 @@ def test_explain_a_qmoe_node():
         n=192,
         k=64,
         rows=10,
+        topk=2,
         dtype="float16",
         activation="swiglu",
         experts=4,
@@ -78,6 +79,22 @@ def test_explain_a_node_that_cannot_run():
     node.attributes["activation_type"] = ir.AttrString("activation_type", "tanh")
     with pytest.raises(ValueError, match="activation_type is 'tanh'; allowed are identity, relu"):
         qmoe_plugin.explain(node)
+
+
+def test_shared_experts_count_as_experts_of_a_token():
+    case = QMoECase(experts=6, k=2, shared=1)
+    fc1, fc2 = qmoe_plugin.explain(node_of(case, "qmoe_plugin"), sm=0, tokens=5)
+    for problem in (fc1.problem, fc2.problem):
+        assert (problem.topk, problem.rows) == (3, 15)
+        assert "3 of 6 experts" in str(problem)
+
+
+@pytest.mark.parametrize(("topk", "rows"), [(0, 8), (5, 10), (3, 8)])
+def test_a_problem_with_an_impossible_topk_is_an_error(topk, rows):
+    problem = Problem(stage="fc1", format="int4", n=8, k=32, experts=4, topk=topk, rows=rows)
+    message = f"topk is {topk}; it must be from 1 to the number of experts, 4, and a divisor"
+    with pytest.raises(ValueError, match=message):
+        ask(problem)
 
 
 def test_a_problem_is_asked_as_it_is():

@@ -10,8 +10,10 @@ import logging
 import numpy as np
 import onnx_ir as ir
 import pytest
+from helpers.block_quantized_cases import Fp4WeightCase, Fp8WeightCase
 from helpers.cases import MatMulNBitsCase, QMoECase, feeds_of
 from helpers.models import one_node_model, save_external
+from helpers.moe_cases import MoECase
 from helpers.packed import (
     initializers,
     packed_tensors,
@@ -71,6 +73,42 @@ def test_a_matmul_nbits_node():
     assert attributes_of(node)["weights_layout"] == b"packed"
     assert report.packed[0].weights == ("B int4 block 32, 1 x 48 x 96",)
     assert report.target == "CUDA (sm_90)"
+
+
+def test_a_moe_node():
+    model = stock_model(MoECase(dtype="float16", weights="bfloat16", fusion=2))
+    report = qmoe_plugin.prepack(model)
+    (node,) = model.graph.node
+    inputs = [
+        "input",
+        "router_probs",
+        "fc1_experts_weights.packed",
+        "",
+        "fc2_experts_weights.packed",
+    ]
+    assert list(node.input) == inputs
+    assert (node.domain, node.op_type) == (OURS, "MoE")
+    assert attributes_of(node)["weights_layout"] == b"packed"
+    (packed,) = report.packed
+    assert packed.weights == (
+        "fc1 bfloat16 per channel, 4 x 192 x 64",
+        "fc2 bfloat16 per channel, 4 x 64 x 96",
+    )
+
+
+@pytest.mark.parametrize("made", [Fp8WeightCase, Fp4WeightCase])
+def test_block_quantized_nodes_are_told_their_sizes(made):
+    """The shape of B said them; shape inference needs N."""
+    case = made(n=48, k=96, a_scale=True)
+    model = stock_model(case)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    expected = result_of(model, case)
+    qmoe_plugin.prepack(model)
+    attributes = attributes_of(model.graph.node[0])
+    assert (attributes["N"], attributes["K"]) == (48, 96)
+    session = qmoe_plugin.session(model, ["CPUExecutionProvider"])
+    assert session.get_outputs()[0].shape[-1] == 48
+    assert result_of(model, case) == expected
 
 
 def test_act_scales_and_router_weights_stay():

@@ -296,7 +296,10 @@ def test_packing_a_node():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"op": "Gemm"}, 'op is "Gemm"; allowed are QMoE and MatMulNBits'),
+        (
+            {"op": "Gemm"},
+            'op is "Gemm"; allowed are QMoE, MoE, MatMulNBits, MatMulBlockQuantizedFp8Weight and ',
+        ),
         ({"dtype": "float64"}, "a tensor is float64"),
         ({"dtype": "uint8"}, "A is uint8; allowed are float32"),
         ({"sm": 75}, "GPUs of sm_75 are not supported"),

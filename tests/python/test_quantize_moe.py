@@ -12,7 +12,7 @@ from helpers.moe_cases import MoECase
 from helpers.quantized import ERRORS, attributes_of, inputs_of, node_of, rms
 from helpers.run import open_session, run
 from helpers.tolerance import TOLERANCE, qmoe_error_scale
-from onnx import helper
+from onnx import helper, numpy_helper
 
 import qmoe_plugin
 from qmoe_plugin import reference
@@ -64,15 +64,107 @@ def test_moe_of_16_bits(spec, dtype, search):
     check_moe(model, case, tensors, ERRORS[spec] + 0.01)
 
 
-@pytest.mark.parametrize("activation", ["silu", "geglu"])
-@pytest.mark.parametrize("spec", ["int4", "int8:32:asymmetric", "fp8_e4m3:32", "nf4"])
-def test_moe_with_fc3(spec, activation):
-    case = MoECase(activation=activation, fc3=True, fusion=0)
+@pytest.mark.parametrize("activation", ["silu", "geglu", "swiglu"])
+@pytest.mark.parametrize("spec", ["int4", "int8:32:asymmetric", "nvfp4", "fp8_e4m3", "nf4"])
+def test_moe_with_fc3_is_merged(spec, activation):
+    limits = {"alpha": 1.7, "beta": 1.0, "limit": 1.5} if activation == "swiglu" else {}
+    case = MoECase(activation=activation, fc3=True, fusion=0, **limits)
     tensors = case.tensors()
     model = case.model(tensors)
     report = qmoe_plugin.quantize(model, format=spec)
-    assert len(report.quantized[0].weights) == 3
+    assert report.quantized[0].weights[0].endswith("4 x 192 x 64")
+    attributes = check_moe(model, case, tensors, ERRORS[spec])
+    assert attributes["swiglu_fusion"] == 1
+    assert attributes["activation_type"] == ("geglu" if activation == "geglu" else "swiglu")
+    # Rows of gates and ups alternate, and so do their biases.
+    made = inputs_of(model, node_of(model, "QMoE"))
+    assert not any(name.startswith("fc3") for name in made)
+    np.testing.assert_array_equal(made["fc1_experts_bias"][:, ::2], tensors["fc1_experts_bias"])
+    np.testing.assert_array_equal(made["fc1_experts_bias"][:, 1::2], tensors["fc3_experts_bias"])
+
+
+def test_silu_beside_fc3_has_no_limit():
+    case = MoECase(activation="silu", fc3=True, fusion=0, alpha=1.7, beta=1.0, limit=0.1)
+    tensors = case.tensors()
+    model = case.model(tensors)
+    qmoe_plugin.quantize(model, format="int8")
+    assert "swiglu_limit" not in check_moe(model, case, tensors, ERRORS["int8"])
+
+
+@pytest.mark.parametrize("missing", ["fc1", "fc3"])
+def test_one_bias_of_two(missing):
+    case = MoECase(activation="silu", fc3=True, fusion=0, dtype="float16")
+    tensors = case.tensors()
+    del tensors[f"{missing}_experts_bias"]
+    model = case.model(tensors)
+    qmoe_plugin.quantize(model, format="int8")
+    check_moe(model, case, tensors, ERRORS["int8"])
+    assert inputs_of(model, node_of(model, "QMoE"))["fc1_experts_bias"].dtype == np.float16
+
+
+def swapped(model, tensors):
+    """The model with its expert weights as [E, K, N]."""
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("weights"):
+            values = np.ascontiguousarray(tensors[tensor.name].swapaxes(1, 2))
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+SWAPPED = [
+    MoECase(),  # sizes of gates and ups tell the layout
+    MoECase(activation="relu", bias=False),  # only those of activations do
+    MoECase(activation="silu", fc3=True, fusion=0),
+]
+
+
+@pytest.mark.parametrize("search", ["nearest", "mse"])
+@pytest.mark.parametrize("spec", ["int4", "int8:32:asymmetric", "nvfp4", "fp8_e4m3:32"])
+@pytest.mark.parametrize("case", SWAPPED, ids=str)
+def test_weights_with_n_and_k_swapped(case, spec, search):
+    tensors = case.tensors()
+    model, usual = case.model(tensors), case.model(tensors)
+    swapped(model, tensors)
+    for each in (model, usual):
+        qmoe_plugin.quantize(each, format=spec, search=search)
+    assert model == usual
     check_moe(model, case, tensors, ERRORS[spec])
+
+
+def test_only_a_bias_tells_the_layout():
+    case = MoECase(activation="relu")
+    tensors = case.tensors()
+    model = case.model(tensors)
+    swapped(model, tensors)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.ClearField("shape")
+    qmoe_plugin.quantize(model)
+    assert inputs_of(model, node_of(model, "QMoE"))["fc1_scales"].shape == (4, 96, 2)
+
+
+def test_square_weights_are_taken_as_the_op_has_them():
+    case = MoECase(activation="relu", inter=64)
+    tensors = case.tensors()
+    model = case.model(tensors)
+    qmoe_plugin.quantize(model)
+    check_moe(model, case, tensors, ERRORS["int4"])
+
+
+@pytest.mark.parametrize("case", SWAPPED, ids=str)
+def test_weights_behind_a_transpose(case):
+    tensors = case.tensors()
+    model, usual = case.model(tensors), case.model(tensors)
+    swapped(model, tensors)
+    node = model.graph.node[0]
+    for index in (2, 4, 6):
+        if index < len(node.input) and node.input[index]:
+            name = f"{node.input[index]}.turned"
+            turn = helper.make_node("Transpose", [node.input[index]], [name], perm=[0, 2, 1])
+            node.input[index] = name
+            model.graph.node.insert(0, turn)
+    for each in (model, usual):
+        qmoe_plugin.quantize(each)
+    assert [node.op_type for node in model.graph.node] == ["QMoE"]
+    assert model == usual
 
 
 @pytest.mark.parametrize(
@@ -109,11 +201,6 @@ def test_a_format_for_each_projection(fc1, fc2):
         ),
         (MoECase(), {"format": "int4:128"}, "fc1 has 64 columns; they must be a multiple of 128"),
         (MoECase(), {"rules": [("fc1", "keep")]}, "fc1=keep keeps fc1 in float"),
-        (
-            MoECase(activation="silu", fc3=True, fusion=0),
-            {"format": "nvfp4"},
-            "fc3 is given, but nvfp4 needs a global scale for each projection",
-        ),
         (MoECase(k=9), {}, "k is 9; it must be from 1"),
     ],
 )

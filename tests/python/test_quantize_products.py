@@ -81,7 +81,9 @@ def test_matmul_in_every_format(spec, search):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("spec", ["int4", "int8:32:asymmetric", "mxfp4", "nvfp4", "fp8_e4m3:32"])
+@pytest.mark.parametrize(
+    "spec", ["int4", "int8:32:asymmetric", "mxfp4", "nvfp4", "fp8_e4m3:32", "fp8_e4m3:0"]
+)
 def test_matmul_of_16_bits(spec, dtype):
     model, weights = product_model(dtype=dtype)
     qmoe_plugin.quantize(model, format=spec)
@@ -109,14 +111,15 @@ def test_gemm(trans, shape):
     assert ("bias" in inputs_of(model, node_of(model, "MatMulNBits"))) == (bias is not None)
 
 
-def test_many_rows_are_quantised_in_pieces(monkeypatch):
-    for spec in ("int4:16:asymmetric", "fp8_e4m3:32", "mxfp4"):
+@pytest.mark.parametrize("search", ["nearest", "mse"])
+def test_many_rows_are_quantised_in_pieces(monkeypatch, search):
+    for spec in ("int4:16:asymmetric", "fp8_e4m3:32", "fp8_e4m3:0", "mxfp4", "nvfp4"):
         whole, _ = product_model(n=300)
-        qmoe_plugin.quantize(whole, format=spec)
+        qmoe_plugin.quantize(whole, format=spec, search=search)
         with monkeypatch.context() as patch:
             patch.setattr(quantize_weights, "_WEIGHTS_AT_ONCE", 1)
             pieces, weights = product_model(n=300)
-            qmoe_plugin.quantize(pieces, format=spec)
+            qmoe_plugin.quantize(pieces, format=spec, search=search)
         assert pieces == whole
         check_product(pieces, weights, ERRORS[spec])
 

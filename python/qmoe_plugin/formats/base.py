@@ -172,6 +172,7 @@ class Format:
         symmetric: bool = True,
         signed_scales: bool = True,
         scale_dtype: npt.DTypeLike = np.float32,
+        largest: float | None = None,
     ) -> Quantized:
         """Quantises by round-to-nearest.
 
@@ -194,6 +195,8 @@ class Format:
                 lowest integer code stays unused.
             scale_dtype: Type of scales that may have several. Codes are chosen for the scales as
                 rounded to it.
+            largest: Where `weights` are some rows of a matrix: the largest magnitude of all of
+                them, which makes the global scale of formats that have one.
 
         Returns:
             The packed codes, scales, zero points, global scale and codebook.
@@ -213,7 +216,7 @@ class Format:
                 self, values, block_size, signed_scales, np.dtype(scale_dtype)
             )
         if self.scale_type != "float" or self.square_blocks:
-            return rounding.by_magnitude(self, values, block_size, np.dtype(scale_dtype))
+            return rounding.by_magnitude(self, values, block_size, np.dtype(scale_dtype), largest)
         return rounding.by_range(
             self, values, block_size, symmetric, signed_scales, np.dtype(scale_dtype)
         )

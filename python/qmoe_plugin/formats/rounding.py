@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 DType = np.dtype[Any]
 
+_LANES = 16  # as in ops/rounding.cc
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -69,25 +71,34 @@ def by_range(
         packed, scales, zeros = compiled.quantize(rows, fmt.name, block_size, symmetric)
     else:
         scales, zeros = _choose_scales(fmt, rows, block_size, symmetric, signed_scales, scale_dtype)
-        packed = pack(_nearest_codes(fmt, rows, block_size, scales, zeros), fmt.bits)
+        blocks = Blocks(rows, 1, block_size or k)
+        packed = blocks.codes(fmt, scales, zeros.astype(np.float32) if is_integer(fmt) else None)
     shape = (*lead, n, fmt.groups(k, block_size)) if block_size else (*lead, n)
     zero_points = None if symmetric else pack(zeros.reshape(shape), fmt.bits)
     codes = packed.reshape(*lead, n, packed.shape[-1])
     return Quantized(codes, scales.reshape(shape).astype(scale_dtype), zero_points)
 
 
-def by_magnitude(fmt: Format, weights: Array, block_size: int, scale_dtype: DType) -> Quantized:
+def by_magnitude(
+    fmt: Format,
+    weights: Array,
+    block_size: int,
+    scale_dtype: DType,
+    largest_of_all: float | None = None,
+) -> Quantized:
     """Float32 weights [..., N, K] in a format whose scales follow the largest magnitudes."""
     *lead, n, k = weights.shape
     top = np.float32(min(np.nanmax(fmt.values), -np.nanmin(fmt.values)))
     if top <= 0:
         raise ValueError("values of both signs are needed for scales of a small float type")
-    largest = np.abs(weights).max(axis=(-2, -1))  # of each expert, [...]
+    if largest_of_all is None:
+        largest = np.abs(weights).max(axis=(-2, -1))  # of each expert, [...]
+    else:
+        largest = np.full(tuple(lead), largest_of_all, dtype=np.float32)
     global_scale = np.ones(tuple(lead), dtype=np.float32)
     if fmt.square_blocks and not block_size:
         global_scale = np.where(largest > 0, largest / top, np.float32(1))
-        per_code = np.broadcast_to(global_scale[..., None, None], weights.shape)
-        codes = pack(nearest(fmt, weights, per_code), fmt.bits)
+        codes = _codes_of_all(fmt, weights, n, k, global_scale[..., None, None])
         return Quantized(codes, None, None, global_scale)
 
     height, width = block_size if fmt.square_blocks else 1, block_size or k
@@ -102,12 +113,115 @@ def by_magnitude(fmt: Format, weights: Array, block_size: int, scale_dtype: DTyp
     else:
         scales = (magnitude / top).astype(scale_dtype)
     decoded = small_floats.decode_scales(scales, fmt.scale_type).astype(np.float32)
-    per_code = decoded * global_scale[..., None, None]
-    per_code = np.repeat(np.repeat(per_code, height, axis=-2), width, axis=-1)
-    codes = pack(nearest(fmt, weights, per_code[..., :n, :k]), fmt.bits)
+    codes = _codes_of_all(fmt, weights, height, width, decoded * global_scale[..., None, None])
     has_global = fmt.has_global_scale(block_size)
     scales = scales if block_size else scales[..., 0]
     return Quantized(codes, scales, None, global_scale if has_global else None)
+
+
+def _codes_of_all(fmt: Format, weights: Array, height: int, width: int, scales: Array) -> Array:
+    """The packed codes of a stack of matrices, [..., N, bytes], each with scales of its own."""
+    *lead, n, k = weights.shape
+    matrices = weights.reshape(-1, n, k)
+    factors = scales.reshape(len(matrices), *scales.shape[-2:])
+    packed = [
+        Blocks(matrix, height, width).codes(fmt, of, None)
+        for matrix, of in zip(matrices, factors, strict=True)
+    ]
+    return np.stack(packed).reshape(*lead, n, -1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix in blocks that share a scale, and what rounding to codes makes of it.
+
+    Where `qmoe_plugin._native` is built it does the work, to the same bits.
+
+    Attributes:
+        weights: float32 [N, K].
+        height: Rows of a block; the last ones may be partial.
+        width: Its columns.
+    """
+
+    weights: Array
+    height: int
+    width: int
+
+    def codes(self, fmt: Format, scales: Array, zeros: Array | None) -> Array:
+        """The code nearest to each weight, packed, uint8 [N, bytes].
+
+        Args:
+            fmt: The format.
+            scales: float32 [N / height, K / width], rounded up.
+            zeros: Zero points likewise; None for the default one, and for formats without.
+        """
+        compiled = packing.native()
+        if compiled is None or not self.weights.size:
+            return pack(self._nearest(fmt, scales, zeros), fmt.bits)
+        return np.asarray(compiled.round_to_codes(**self._arguments(fmt, scales, zeros)))
+
+    def errors(
+        self, fmt: Format, scales: Array, zeros: Array | None, importance: Array | None = None
+    ) -> Array:
+        """The sum of squared errors of each block after rounding, float32, the shape of `scales`.
+
+        Sums are over every 16th column first, row by row, then over these 16.
+
+        Args:
+            fmt: The format.
+            scales: As for `codes`, and so `zeros`.
+            zeros: Likewise.
+            importance: Factors on the squared errors of each column, float32 [K]; None for 1.
+        """
+        compiled = packing.native()
+        if compiled is not None and self.weights.size:
+            arguments = self._arguments(fmt, scales, zeros)
+            return np.asarray(compiled.rounding_errors(**arguments, importance=importance))
+        codes = self._nearest(fmt, scales, zeros)
+        decoded = fmt.values.astype(np.float32)[codes]
+        decoded -= self._per_code(self._zeros(fmt, scales, zeros))
+        decoded *= self._per_code(scales)
+        decoded -= self.weights
+        np.square(decoded, out=decoded)
+        if importance is not None:
+            decoded *= importance
+        return self._sums(decoded)
+
+    def _sums(self, values: Array) -> Array:
+        blocks = as_blocks(values, self.height, self.width)
+        rows, height, columns, width = blocks.shape
+        lanes = np.zeros((rows, columns, height, -(-width // _LANES) * _LANES), np.float32)
+        lanes[..., :width] = blocks.transpose(0, 2, 1, 3)
+        lanes = lanes.reshape(rows, columns, -1, _LANES)
+        by_lane = np.add.accumulate(lanes, axis=-2)[..., -1, :]  # one after the other
+        sums: Array = np.add.accumulate(by_lane, axis=-1)[..., -1]
+        return sums
+
+    def _nearest(self, fmt: Format, scales: Array, zeros: Array | None) -> Array:
+        per_code = None
+        if is_integer(fmt):
+            per_code = self._per_code(self._zeros(fmt, scales, zeros))
+        return nearest(fmt, self.weights, self._per_code(scales), per_code)
+
+    def _zeros(self, fmt: Format, scales: Array, zeros: Array | None) -> Array:
+        return np.full_like(scales, fmt.default_zero_point) if zeros is None else zeros
+
+    def _per_code(self, per_block: Array) -> Array:
+        """Spreads one value a block over its codes: [N, K]."""
+        n, k = self.weights.shape
+        wide: Array = np.repeat(np.repeat(per_block, self.height, axis=0), self.width, axis=1)
+        return wide[:n, :k]
+
+    def _arguments(self, fmt: Format, scales: Array, zeros: Array | None) -> dict[str, Any]:
+        return {
+            "weights": np.ascontiguousarray(self.weights, np.float32),
+            "values": fmt.values.tolist(),
+            "scales": np.ascontiguousarray(scales, np.float32),
+            "zeros": None if zeros is None else np.ascontiguousarray(zeros, np.float32),
+            "default_zero": fmt.default_zero_point,
+            "height": self.height,
+            "width": self.width,
+        }
 
 
 def _choose_scales(
@@ -146,15 +260,6 @@ def _choose_scales(
     with np.errstate(divide="ignore", invalid="ignore"):
         zeros = np.where(scales != 0, np.rint(-lowest / scales), np.float32(0))
     return scales, np.clip(zeros, 0, levels).astype(np.uint8)
-
-
-def _nearest_codes(fmt: Format, rows: Array, block_size: int, scales: Array, zeros: Array) -> Array:
-    """The code nearest to each weight, uint8 [R, K]; that of 0 where the scale is 0."""
-    k = rows.shape[-1]
-    repeats = block_size or k
-    scale = np.repeat(scales, repeats, axis=-1)[:, :k]
-    zero = np.repeat(zeros, repeats, axis=-1)[:, :k].astype(np.float32)
-    return nearest(fmt, rows, scale, zero if is_integer(fmt) else None)
 
 
 def nearest(fmt: Format, weights: Array, scales: Array, zeros: Array | None = None) -> Array:

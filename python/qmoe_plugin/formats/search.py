@@ -15,7 +15,7 @@ import numpy.typing as npt
 from qmoe_plugin.formats import rounding
 from qmoe_plugin.formats import scales as small_floats
 from qmoe_plugin.formats.base import Format
-from qmoe_plugin.formats.packing import Array, pack
+from qmoe_plugin.formats.packing import Array
 from qmoe_plugin.formats.rounding import Quantized
 
 FACTORS = (1.08, 1.04, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6)
@@ -32,6 +32,8 @@ def quantize_mse(
     *,
     symmetric: bool = True,
     scale_dtype: npt.DTypeLike = np.float32,
+    largest: float | None = None,
+    importance: Array | None = None,
 ) -> Quantized:
     """Quantises like `Format.quantize`, then searches better scales.
 
@@ -44,15 +46,22 @@ def quantize_mse(
         block_size: As for `Format.quantize`, and so the next two.
         symmetric: Without zero points.
         scale_dtype: Type of scales that may have several.
+        largest: As for `Format.quantize`.
+        importance: Factors on the squared errors of each column, [K], not negative: how much what
+            the weights are multiplied with varies, its second moment. None for 1.
     """
     weights = np.asarray(weights)
     if weights.ndim != 2:
         raise ValueError(f"weights must be one matrix [N, K], given {list(weights.shape)}")
-    start = fmt.quantize(weights, block_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    start = fmt.quantize(
+        weights, block_size, symmetric=symmetric, scale_dtype=scale_dtype, largest=largest
+    )
     if block_size is None:
         block_size = fmt.only_block_size or 0
     values = np.ascontiguousarray(weights, dtype=np.float32)
-    search = _Search(fmt, values, block_size, start)
+    if importance is not None:
+        importance = _checked(importance, values.shape[1])
+    search = _Search(fmt, values, block_size, start, importance)
     e8m0 = start.scales is not None and start.scales.dtype == small_floats.E8M0
     factors = POWERS_OF_TWO if e8m0 else FACTORS
     if symmetric and fmt.zero_points:
@@ -65,24 +74,29 @@ def quantize_mse(
 class _Search:
     """The best scales so far, of one matrix."""
 
-    def __init__(self, fmt: Format, weights: Array, block_size: int, start: Quantized) -> None:
+    def __init__(
+        self,
+        fmt: Format,
+        weights: Array,
+        block_size: int,
+        start: Quantized,
+        importance: Array | None,
+    ) -> None:
         n, k = weights.shape
-        self._fmt, self._weights, self._start = fmt, weights, start
-        self._block_size = block_size
-        self._height = block_size if fmt.square_blocks else 1
-        self._width = block_size or k
+        self._fmt, self._start, self._importance = fmt, start, importance
         found = start.scales if start.scales is not None else start.global_scale
         assert found is not None
         self._scales = found
-        if start.scales is None:  # the global scale is all there is
-            self._height = n
+        whole = start.scales is None  # the global scale is all there is
+        height = n if whole else (block_size if fmt.square_blocks else 1)
+        self._blocks = rounding.Blocks(weights, height, block_size or k)
         self._global = 1.0
         if start.scales is not None and start.global_scale is not None:
             self._global = float(start.global_scale)
         self._zeros = None
         if start.zero_points is not None:
             zeros = fmt.unpack_zero_points(start.zero_points, self._scales.shape)
-            self._zeros = self._per_code(zeros.astype(np.float32))
+            self._zeros = _matrix(zeros.astype(np.float32))
         self._first = self._scales
         self._errors = self._errors_of(self._scales)
 
@@ -97,7 +111,7 @@ class _Search:
 
     def result(self) -> Quantized:
         """The weights with the best scales."""
-        codes = pack(self._codes(self._decoded(self._scales)), self._fmt.bits)
+        codes = self._blocks.codes(self._fmt, self._decoded(self._scales), self._zeros)
         if self._start.scales is None:
             return dataclasses.replace(self._start, codes=codes, global_scale=self._scales)
         return dataclasses.replace(self._start, codes=codes, scales=self._scales)
@@ -117,37 +131,25 @@ class _Search:
         return kept.view(first.dtype).reshape(first.shape)
 
     def _decoded(self, scales: Array) -> Array:
-        """One factor a weight, float32 [N, K]."""
+        """Scales as numbers, float32 [N / height, K / width]."""
         decoded = small_floats.decode_scales(scales, small_floats.scale_type_of(scales.dtype))
-        return self._per_code((decoded * self._global).astype(np.float32))
-
-    def _codes(self, factors: Array) -> Array:
-        zeros = self._zeros
-        if zeros is None and rounding.is_integer(self._fmt):
-            zeros = np.full_like(factors, self._fmt.default_zero_point)
-        return rounding.nearest(self._fmt, self._weights, factors, zeros)
+        return _matrix((decoded * self._global).astype(np.float32))
 
     def _errors_of(self, scales: Array) -> Array:
         """The squared error of each block."""
-        factors = self._decoded(scales)
-        table = self._fmt.values.astype(np.float32)
-        decoded = table[self._codes(factors)]
-        decoded -= np.float32(self._fmt.default_zero_point) if self._zeros is None else self._zeros
-        decoded *= factors
-        decoded -= self._weights
-        np.square(decoded, out=decoded)
-        blocks = rounding.as_blocks(decoded, self._height, self._width)
-        errors: Array = blocks.sum(axis=(-3, -1))
-        return errors
+        return self._blocks.errors(self._fmt, self._decoded(scales), self._zeros, self._importance)
 
-    def _per_code(self, per_block: Array) -> Array:
-        """Spreads one value a block over its codes: [N, K]."""
-        n, k = self._weights.shape
-        if per_block.ndim == 0:
-            return np.full((n, k), per_block, dtype=per_block.dtype)
-        per_block = per_block.reshape(per_block.shape[0], -1)
-        wide: Array = np.repeat(np.repeat(per_block, self._height, axis=0), self._width, axis=1)
-        return wide[:n, :k]
+
+def _checked(importance: Array, k: int) -> Array:
+    factors = np.ascontiguousarray(importance, dtype=np.float32)
+    if factors.shape != (k,) or not np.isfinite(factors).all() or (factors < 0).any():
+        raise ValueError(f"importance must be [{k}], finite and not negative")
+    return factors
+
+
+def _matrix(per_block: Array) -> Array:
+    """One value a block in two dimensions, whatever the format keeps."""
+    return per_block.reshape(per_block.shape[0] if per_block.ndim else 1, -1)
 
 
 def _bits(values: Array) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from qmoe_plugin.graph.walk import bodies
@@ -55,3 +57,23 @@ def drop_if_unused(value: ir.Value | None) -> None:
     elif value.is_initializer() and not value.is_graph_input():
         assert isinstance(value.graph, ir.Graph)
         value.graph.initializers.pop(value.name or "")
+
+
+def set_attributes(node: ir.Node, said: Mapping[str, int | float | str | None]) -> None:
+    """Sets attributes of a node, and takes off those that are None."""
+    for name, value in said.items():
+        if value is None:
+            node.attributes.pop(name, None)
+        else:
+            node.attributes[name] = ir.convenience.convert_attribute(name, value)
+
+
+def drop_weight(value: ir.Value | None) -> None:
+    """Removes a constant that nobody reads any more, and a Transpose of one."""
+    producer = None if value is None else value.producer()
+    if value is None or producer is None or producer.op_type != "Transpose":
+        drop_if_unused(value)
+    elif not value.uses() and not value.is_graph_output() and value.graph is not None:
+        source = producer.inputs[0]
+        value.graph.remove(producer, safe=True)
+        drop_weight(source)

@@ -16,20 +16,30 @@ import onnx_ir as ir
 from qmoe_plugin.graph.walk import external_tensors
 
 _PAGE = 4096
+_PIECE = 1 << 26
+"""Bytes of a tensor that are copied at a time."""
 
 
-def raw_bytes(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+def raw_bytes(
+    tensor: ir.TensorProtocol, start: int = 0, count: int | None = None
+) -> npt.NDArray[np.uint8]:
     """The bytes of a tensor, [bytes]: a view of the model's memory, or of a mapping of its file.
 
     The file is mapped for as long as the result lives.
 
+    Args:
+        tensor: The tensor.
+        start: The first byte wanted, and how many; no more is mapped.
+        count: None for all from there on.
+
     Raises:
         ValueError: If the file is too short.
     """
+    stop = tensor.nbytes if count is None else start + count
     if not isinstance(tensor, ir.ExternalTensor):
-        return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+        return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)[start:stop]
     size, offset = tensor.nbytes, tensor.offset or 0
-    if size == 0:
+    if start == stop:
         return np.empty(0, np.uint8)
     end = Path(tensor.path).stat().st_size
     if tensor.length not in (None, size) or offset + size > end:
@@ -37,7 +47,7 @@ def raw_bytes(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
             f"tensor '{tensor.name}' has {size} bytes from {offset} on, but the model says "
             f"{tensor.length}, and {tensor.path} ends at {end}; the model is damaged"
         )
-    return np.memmap(tensor.path, np.uint8, "r", offset, (size,))
+    return np.memmap(tensor.path, np.uint8, "r", offset + start, (stop - start,))
 
 
 class Store(Protocol):
@@ -79,7 +89,8 @@ class DataFile:
     """A new file of external data.
 
     It gets its name when it is whole: until `commit`, an older file of this name stays as it is.
-    Without `commit`, nothing is left of it when the `with` block ends.
+    Without `commit`, nothing is left of it when the `with` block ends. The tensors that it hands
+    out can be read at once; `move` makes them those of the whole file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -131,18 +142,28 @@ class DataFile:
             self._file.seek(start)
             self._file.truncate()
             raise
+        self._file.flush()
         if written != made.nbytes:
             raise AssertionError(f"'{name}' has {made.nbytes} bytes, but {written} came")
         return made
 
     def move(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        """Appends the bytes of a tensor that are in another file; leaves other tensors alone."""
-        if not isinstance(tensor, ir.ExternalTensor) or Path(tensor.path) == self.path:
+        """A tensor as the model is to have it.
+
+        Appends the bytes of one that are in another file; one of ours gets the name of the whole
+        file; one in memory stays.
+        """
+        if not isinstance(tensor, ir.ExternalTensor):
             return tensor
+        if Path(tensor.path) == self._partial:
+            return self._tensor(
+                tensor.name, tensor.offset or 0, tensor.dtype, tensor.shape, self.path
+            )
         source = (tensor.path, tensor.offset or 0, tensor.nbytes)
         if source not in self._moved:
-            self._moved[source] = self._write(raw_bytes(tensor))
-        return self._tensor(tensor.name, self._moved[source], tensor.dtype, tensor.shape)
+            self._moved[source] = self._copy(tensor)
+        offset = self._moved[source]
+        return self._tensor(tensor.name, offset, tensor.dtype, tensor.shape, self.path)
 
     def commit(self) -> None:
         """Gives the file its name, unless it is empty."""
@@ -154,6 +175,14 @@ class DataFile:
         """Appends bytes; those of a page or more start a page, so that they can be mapped."""
         offset = self._align(_PAGE if content.size >= _PAGE else 64)
         self._file.write(content.data)
+        self._file.flush()
+        return offset
+
+    def _copy(self, tensor: ir.ExternalTensor) -> int:
+        """Appends the bytes of a tensor, a piece of it mapped at a time."""
+        offset = self._align(_PAGE if tensor.nbytes >= _PAGE else 64)
+        for start in range(0, tensor.nbytes, _PIECE):
+            self._file.write(raw_bytes(tensor, start, min(_PIECE, tensor.nbytes - start)).data)
         return offset
 
     def _align(self, alignment: int) -> int:
@@ -163,17 +192,23 @@ class DataFile:
         return offset
 
     def _tensor(
-        self, name: str | None, offset: int, dtype: ir.DataType, shape: ir.Shape
+        self,
+        name: str | None,
+        offset: int,
+        dtype: ir.DataType,
+        shape: ir.Shape,
+        path: Path | None = None,
     ) -> ir.ExternalTensor:
+        path = path or self._partial
         size = -(-math.prod(shape.numpy()) * dtype.bitwidth // 8)
         return ir.ExternalTensor(
-            self.path.name,
+            path.name,
             offset,
             size,
             dtype,
             shape=shape,
             name=name or "",
-            base_dir=self.path.parent,
+            base_dir=path.parent,
         )
 
 

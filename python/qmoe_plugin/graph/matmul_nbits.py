@@ -7,6 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from qmoe_plugin import formats
+from qmoe_plugin.graph.attributes import INT, REQUIRED_INT, default
 from qmoe_plugin.graph.describe import Description, UnsupportedError
 from qmoe_plugin.graph.formats import find_format, named_format
 from qmoe_plugin.graph.inputs import (
@@ -20,7 +21,6 @@ from qmoe_plugin.graph.inputs import (
     known_attributes,
     known_inputs,
     required,
-    string,
 )
 from qmoe_plugin.graph.layouts import NAMES, refuse_layout
 from qmoe_plugin.graph.packed import (
@@ -28,6 +28,7 @@ from qmoe_plugin.graph.packed import (
     is_packed,
     read_packed,
     refuse_other_inputs,
+    refuse_other_layouts,
     refuse_stock_layout,
 )
 from qmoe_plugin.graph.projections import check_code_type, check_zero_points
@@ -39,7 +40,14 @@ from qmoe_plugin.graph.scales import (
 )
 from qmoe_plugin.kernels import Problem
 
-STOCK_ATTRIBUTES = ("K", "N", "accuracy_level", "bits", "block_size", "weight_prepacked")
+STOCK_ATTRIBUTES = {
+    "K": REQUIRED_INT,
+    "N": REQUIRED_INT,
+    "accuracy_level": default(0),
+    "bits": INT,
+    "block_size": REQUIRED_INT,
+    "weight_prepacked": default(0),
+}
 """The attributes of com.microsoft MatMulNBits in onnxruntime 1.31.1."""
 
 STOCK_INPUTS = ("A", "B", "scales", "zero_points", "g_idx", "bias")
@@ -47,6 +55,9 @@ STOCK_INPUTS = ("A", "B", "scales", "zero_points", "g_idx", "bias")
 
 FORMAT_ATTRIBUTE = "weight_format"
 """An attribute of ours that com.microsoft does not have: the name of a format."""
+
+ATTRIBUTES = {**STOCK_ATTRIBUTES, FORMAT_ATTRIBUTE: default(""), LAYOUT_ATTRIBUTE: default("")}
+"""The attributes of ours."""
 
 INPUTS = (*STOCK_INPUTS, "codebook", "global_scale")
 """The inputs of ours."""
@@ -58,39 +69,39 @@ def describe_matmul_nbits(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our op cannot run it.
     """
-    known_attributes(node, (*STOCK_ATTRIBUTES, FORMAT_ATTRIBUTE, LAYOUT_ATTRIBUTE))
+    known_attributes(node, ATTRIBUTES)
     known_inputs(node, len(INPUTS))
     n, k, block_size = (integer(node, name, 0) for name in ("N", "K", "block_size"))
     if n < 1 or k < 1:
         raise UnsupportedError(f"N is {n} and K is {k}; both must be given and positive")
     fmt = _format(node)
-    check_block_size(block_size)
+    one_scale = fmt.square_blocks and block_size == 0 and has(node, "block_size")
+    if not one_scale:
+        check_block_size(block_size)
     if fmt.only_block_size not in (None, block_size):
         raise UnsupportedError(
             f"block_size is {block_size}; {fmt.name} has blocks of {fmt.only_block_size}"
         )
     if is_packed(node):
         return _describe_packed(node, fmt, n, k, block_size)
-    if string(node, LAYOUT_ATTRIBUTE, ""):
-        raise UnsupportedError(
-            f"{LAYOUT_ATTRIBUTE} is '{string(node, LAYOUT_ATTRIBUTE, '')}'; only packed is allowed"
-        )
+    refuse_other_layouts(node)
     _check_layout(integer(node, "weight_prepacked", 0), n, k, fmt.bits, block_size)
     groups = fmt.groups(k, block_size)
-    scale_rows = -(-n // block_size) if fmt.square_blocks else n
-    codes, scales = required(node, 1, "B"), _by_row(required(node, 2, "scales"), scale_rows)
+    codes = required(node, 1, "B")
+    scales = constant(node, 2, "scales") if one_scale else required(node, 2, "scales")
     zero_points, bias = constant(node, 3, "zero_points"), constant(node, 5, "bias")
     group_index = constant(node, 4, "g_idx")
 
-    expected = (n, groups, block_size * fmt.bits // 8)
+    expected = (n, groups, (block_size or k) * fmt.bits // 8)
     check_code_type(codes, fmt)
     if codes.shape != expected:
         raise UnsupportedError(
             f"{codes} must be uint8{list(expected)} = [N, blocks, block_size * bits / 8]"
         )
-    check_scale_type(fmt, scales)
-    if scales.shape != (scale_rows, groups):
-        raise UnsupportedError(f"{scales} must have shape {[scale_rows, groups]}")
+    if one_scale:
+        _refuse_blocks(fmt, scales, group_index)
+    elif scales is not None:
+        _check_scales(fmt, scales, n, groups, block_size)
     check_codebook(node, INPUTS.index("codebook"), fmt)
     check_global_scale(node, INPUTS.index("global_scale"), fmt, block_size, 1)
     if zero_points is not None:
@@ -150,6 +161,27 @@ def _format(node: ir.Node) -> formats.Format:
             f"to {FORMAT_ATTRIBUTE} '{named.name}'"
         )
     return named
+
+
+def _check_scales(
+    fmt: formats.Format, scales: Constant, n: int, groups: int, block_size: int
+) -> None:
+    check_scale_type(fmt, scales)
+    rows = -(-n // block_size) if fmt.square_blocks else n
+    if _by_row(scales, rows).shape != (rows, groups):
+        raise UnsupportedError(f"{scales} must have shape {[rows, groups]}")
+
+
+def _refuse_blocks(
+    fmt: formats.Format, scales: Constant | None, group_index: Constant | None
+) -> None:
+    """Refuses what belongs to blocks where a global scale is all."""
+    for tensor in (scales, group_index):
+        if tensor is not None:
+            raise UnsupportedError(
+                f"{tensor}: {fmt.name} with block_size 0 has no blocks, only a factor on all "
+                "weights; leave it out, or set block_size"
+            )
 
 
 _LAYOUTS = ("raw", "fpa_intb", "fpa_intb90")  # by weight_prepacked

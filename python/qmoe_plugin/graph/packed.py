@@ -26,7 +26,7 @@ LAYOUT_ATTRIBUTE = "weights_layout"
 """An attribute of ours that com.microsoft does not have."""
 
 PACKED = "packed"
-"""Its value for packed weights, of both ops."""
+"""Its value for packed weights, of all ops."""
 
 _HEADER_BYTES = 64
 
@@ -104,8 +104,15 @@ def is_packed(node: ir.Node) -> bool:
     return string(node, LAYOUT_ATTRIBUTE, "") == PACKED
 
 
+def refuse_other_layouts(node: ir.Node) -> None:
+    """Refuses a weights_layout that is not "packed", of a node that has no others."""
+    layout = string(node, LAYOUT_ATTRIBUTE, "")
+    if layout not in ("", PACKED):
+        raise UnsupportedError(f"{LAYOUT_ATTRIBUTE} is '{layout}'; only {PACKED} is allowed")
+
+
 def read_packed(
-    node: ir.Node, index: int, name: str, fmt: formats.Format, block_size: int
+    node: ir.Node, index: int, name: str, fmt: formats.Format | None, block_size: int
 ) -> PackedWeights:
     """Reads the header of packed weights.
 
@@ -113,8 +120,9 @@ def read_packed(
         node: The node.
         index: Input number of the weights.
         name: What to call them.
-        fmt: The format that the node's attributes say.
-        block_size: Likewise.
+        fmt: The format that the node's attributes say; None where they say none, as the weights are
+            of a float type.
+        block_size: Likewise; 0 for None.
 
     Raises:
         UnsupportedError: If there are none, or they are damaged, of another version, or not what
@@ -127,7 +135,13 @@ def read_packed(
         weights = read_header(name, raw_bytes(tensor))
     except (OSError, ValueError) as error:
         raise UnsupportedError(f"{name}: {error}") from None
-    if (weights.format, weights.block_size) != (fmt.name, block_size):
+    if fmt is None:
+        if weights.format not in formats.PLAIN_FORMATS:
+            raise UnsupportedError(
+                f"{name} weights were packed as {weights.format}, but those of a {node.op_type} "
+                f"are of one of {', '.join(formats.PLAIN_FORMATS)}"
+            )
+    elif (weights.format, weights.block_size) != (fmt.name, block_size):
         raise UnsupportedError(
             f"{name} weights were packed as {weights.format} with block size {weights.block_size}, "
             f"but the node's attributes say {fmt.name} and {block_size}"

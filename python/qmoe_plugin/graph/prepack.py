@@ -1,4 +1,4 @@
-"""Packs the weights of QMoE and MatMulNBits nodes ahead of time."""
+"""Packs the weights of nodes ahead of time."""
 
 from __future__ import annotations
 
@@ -10,24 +10,36 @@ import onnx_ir as ir
 
 from qmoe_plugin.devices import CPU, Target, target
 from qmoe_plugin.graph.describe import Description, UnsupportedError, describe
-from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused
+from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused, set_attributes
 from qmoe_plugin.graph.external_data import Store, raw_bytes
-from qmoe_plugin.graph.inputs import constant_tensor, float_type, given, string
+from qmoe_plugin.graph.inputs import constant_tensor, float_type, given
+from qmoe_plugin.graph.moe import merged_gates
 from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE, PACKED, PackedWeights, is_packed, read_header
 from qmoe_plugin.graph.retarget import RESTORE_KEY, Retarget
 from qmoe_plugin.graph.rewrite import Model, PathLike, rewrite
 from qmoe_plugin.graph.walk import Body, bodies, label
+from qmoe_plugin.kernels import Problem
 from qmoe_plugin.library import DOMAIN, OPS, native
 from qmoe_plugin.report import KernelChoice, NodeReport, PrepackReport
 
-_WEIGHTS = {"QMoE": {"fc1": 2, "fc2": 5}, "MatMulNBits": {"B": 1}}
+_FP8, _FP4 = "MatMulBlockQuantizedFp8Weight", "MatMulBlockQuantizedFp4Weight"
+
+_WEIGHTS = {
+    "QMoE": {"fc1": 2, "fc2": 5},
+    "MoE": {"fc1": 2, "fc2": 4},
+    "MatMulNBits": {"B": 1},
+    _FP8: {"B": 1},
+    _FP4: {"B": 1},
+}
 """Input numbers of packed weights."""
 
-_VARYING = {"QMoE": (0, 1, 14), "MatMulNBits": (0,)}
+_VARYING = {"QMoE": (0, 1, 14), "MoE": (0, 1), "MatMulNBits": (0,), _FP8: (0,), _FP4: (0,)}
 """Those of activations and routing."""
 
-_FC3 = 8
-_ACT_SCALES = (17, 18)
+_ACT_SCALES = {"QMoE": (17, 18), _FP8: (3,)}
+"""Those of scales of activations, which packed weights have beside them."""
+
+_FC3 = {"QMoE": 8, "MoE": 6}
 
 _FIRST_SM = 80
 """Even a build without CUDA kernels, which packs for all of them, knows this much."""
@@ -51,7 +63,7 @@ def prepack(
 def prepack(
     model: Model | PathLike | bytes, output: PathLike | None = None, *, sm: int | None = None
 ) -> PrepackReport:
-    """Packs the weights of a model's QMoE and MatMulNBits nodes, so that sessions need not.
+    """Packs the weights of a model's nodes of our ops, so that sessions need not.
 
     Nodes of com.microsoft are retargeted first, see `qmoe_plugin.retarget`. Then the weights of
     each node of ours, with their scales, zero points, biases and global scales, become tensors
@@ -126,26 +138,24 @@ class Prepack(ir.passes.InPlacePass):
         Raises:
             UnsupportedError: If they cannot be packed; the node is then as it was.
         """
-        if node.op_type not in _WEIGHTS:
-            raise UnsupportedError(f"prepack does not pack the weights of {node.op_type}")
         if body.function:
             raise UnsupportedError(
                 "a function of the model holds it, which has no initializers; inline the function "
                 "first"
             )
-        dtype = describe(node).gemms[0].dtype
+        gemm = describe(node).gemms[0]
         inputs = [_constant(node, index) for index in range(len(node.inputs))]
         try:
             packed = native().prepack(
                 op=node.op_type,
-                dtype=dtype,
+                dtype=gemm.dtype,
                 sm=self.target.sm,
                 attributes={name: attribute.value for name, attribute in node.attributes.items()},
                 inputs=inputs,
             )
         except ValueError as error:
             raise UnsupportedError(str(error)) from None
-        _mark(node, dtype)
+        _mark(node, gemm)
         _replace_weights(node, {p: self._tensor(node, p, packed[p], names) for p in packed})
         return [read_header(name, content) for name, content in packed.items()]
 
@@ -176,29 +186,30 @@ def _constant(node: ir.Node, index: int) -> tuple[str, list[int], npt.NDArray[np
     return name, list(tensor.shape.numpy()), raw_bytes(tensor)
 
 
-def _mark(node: ir.Node, dtype: str) -> None:
-    """Sets the attributes that say what packed weights are."""
+def _mark(node: ir.Node, gemm: Problem) -> None:
+    """Sets the attributes that say what packed weights are; `gemm` is the node's first."""
     node.attributes[LAYOUT_ATTRIBUTE] = ir.AttrString(LAYOUT_ATTRIBUTE, PACKED)
-    node.attributes.pop(_STOCK_LAYOUTS[node.op_type], None)
+    if node.op_type in _STOCK_LAYOUTS:
+        node.attributes.pop(_STOCK_LAYOUTS[node.op_type], None)
     node.metadata_props.pop(RESTORE_KEY, None)
-    if given(node, _FC3):  # its rows and those of fc1 alternate now
-        node.attributes["swiglu_fusion"] = ir.AttrInt64("swiglu_fusion", 1)
-        if string(node, "activation_type", "relu") == "silu":
-            node.attributes["activation_type"] = ir.AttrString("activation_type", "swiglu")
-            node.attributes["activation_alpha"] = ir.AttrFloat32("activation_alpha", 1.0)
-            node.attributes["activation_beta"] = ir.AttrFloat32("activation_beta", 0.0)
-            node.attributes.pop("swiglu_limit", None)
+    if node.op_type in (_FP8, _FP4):  # which the shape of B said
+        node.attributes["N"] = ir.AttrInt64("N", gemm.n)
+        node.attributes["K"] = ir.AttrInt64("K", gemm.k)
+    third = _FC3.get(node.op_type)
+    if third is not None and given(node, third):  # its rows and those of fc1 alternate now
+        set_attributes(node, merged_gates(node))
     # Scales and biases, which may have told it, are gone.
     if node.outputs[0].type is None:
-        node.outputs[0].type = ir.TensorType(float_type(dtype))
+        node.outputs[0].type = ir.TensorType(float_type(gemm.dtype))
 
 
 def _replace_weights(node: ir.Node, packed: dict[str, ir.TensorProtocol]) -> None:
     """Puts packed weights in the place of all constant inputs but activation scales."""
     former = list(node.inputs)
+    stay = (*_VARYING[node.op_type], *_ACT_SCALES.get(node.op_type, ()))
     weights = {_WEIGHTS[node.op_type][projection]: tensor for projection, tensor in packed.items()}
     for index, value in enumerate(former):
-        if value is None or index in (*_VARYING[node.op_type], *_ACT_SCALES):
+        if value is None or index in stay:
             continue
         made = None
         if index in weights:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from qmoe_plugin.graph.attributes import FLOAT, INT, STRING, default
 from qmoe_plugin.graph.describe import Description, UnsupportedError
 from qmoe_plugin.graph.formats import FORMAT_ATTRIBUTES, find_formats
 from qmoe_plugin.graph.inputs import (
@@ -38,27 +39,34 @@ from qmoe_plugin.graph.scales import (
 )
 from qmoe_plugin.kernels import Problem
 
-STOCK_ATTRIBUTES = (
-    "accuracy_level",
-    "activation_alpha",
-    "activation_beta",
-    "activation_type",
-    "block_size",
-    "expert_weight_bits",
-    "fc1_expert_weight_bits",
-    "fc2_expert_weight_bits",
-    "fc3_expert_weight_bits",
-    "k",
-    "normalize_routing_weights",
-    "num_shared_experts",
-    "quant_type",
-    "swiglu_fusion",
-    "swiglu_limit",
-    "use_sparse_mixer",
-    "weights_prepacked",
-)
+STOCK_ATTRIBUTES = {
+    "accuracy_level": default(0),
+    "activation_alpha": default(1.0),
+    "activation_beta": default(0.0),
+    "activation_type": default("relu"),
+    "block_size": INT,
+    "expert_weight_bits": INT,
+    "fc1_expert_weight_bits": INT,
+    "fc2_expert_weight_bits": INT,
+    "fc3_expert_weight_bits": INT,
+    "k": default(1),
+    "normalize_routing_weights": default(0),
+    "num_shared_experts": default(0),
+    "quant_type": default("int"),
+    "swiglu_fusion": default(0),
+    "swiglu_limit": FLOAT,
+    "use_sparse_mixer": default(0),
+    "weights_prepacked": default(-1),
+}
 """The attributes of com.microsoft QMoE in onnxruntime 1.31.1, and num_shared_experts of its
 development branches."""
+
+ATTRIBUTES = {
+    **STOCK_ATTRIBUTES,
+    LAYOUT_ATTRIBUTE: STRING,
+    **dict.fromkeys(FORMAT_ATTRIBUTES, default("")),
+}
+"""The attributes of ours."""
 
 STOCK_INPUTS = (
     "input",
@@ -105,7 +113,7 @@ def describe_qmoe(node: ir.Node) -> Description:
     Raises:
         UnsupportedError: If our op cannot run it.
     """
-    known_attributes(node, (*STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE, *FORMAT_ATTRIBUTES))
+    known_attributes(node, ATTRIBUTES)
     known_inputs(node, len(INPUTS))
     has_fc3 = _has_fc3(node)
     activation = fc1_activation(node, has_fc3)
@@ -177,9 +185,11 @@ def _describe_packed(node: ir.Node, plans: dict[str, ScalePlan], activation: str
 
 def _problem(node: ir.Node, experts: int, dtype: str) -> Callable[..., Problem]:
     """Makes a problem of what its matrix is and of what all matrices of the node share."""
+    topk = routed_experts(node, experts)
     return functools.partial(
         Problem,
-        rows=routed_experts(node, experts),
+        rows=topk,
+        topk=topk,
         dtype=dtype,
         experts=experts,
         accuracy_level=accuracy_level(node),

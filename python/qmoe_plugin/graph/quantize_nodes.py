@@ -14,9 +14,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qmoe_plugin.graph import matmul_nbits, qmoe
-from qmoe_plugin.graph.describe import UnsupportedError, describe
-from qmoe_plugin.graph.edit import add_initializer, drop_if_unused
+from qmoe_plugin.graph.describe import UnsupportedError
+from qmoe_plugin.graph.edit import add_initializer, drop_weight, set_attributes
+from qmoe_plugin.graph.expert_weights import expert_weights
 from qmoe_plugin.graph.inputs import FLOATS, constant_tensor, float_type, given, integer, real
+from qmoe_plugin.graph.moe import WEIGHTS, describe_experts, merged_gates
 from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE
 from qmoe_plugin.graph.projections import check_columns
 from qmoe_plugin.graph.quantize_rules import Spec
@@ -24,7 +26,7 @@ from qmoe_plugin.graph.quantize_weights import Weight
 from qmoe_plugin.graph.scales import ScalePlan
 from qmoe_plugin.library import DOMAIN
 
-Attributes = dict[str, int | float | str]
+Attributes = dict[str, int | float | str | None]
 Tensors = Mapping[str, Mapping[str, ir.TensorProtocol]]
 """By role of the weight, and kind: see `quantize_weight`."""
 
@@ -33,8 +35,6 @@ _SQUARE_BLOCK = 128  # as in DeepSeek's fp8 checkpoints
 
 _CARRIED = ("Transpose", "Cast", "Identity", "Reshape", "DequantizeLinear")
 """What exporters put between a weight and the node that multiplies with it."""
-
-_MOE_WEIGHTS = {"fc1": 2, "fc2": 4, "fc3": 6}  # input numbers; the bias comes next
 
 _QMOE_INPUTS = {
     "codes": "{}_experts_weights",
@@ -59,10 +59,10 @@ class Plan:
     Attributes:
         op_type: Its op.
         weights: The weights to quantise.
-        attributes: All that it will have, but those of MoE that stay.
+        attributes: All that it will have, but those of MoE that stay. None takes one off.
         inputs: Its other inputs, by name.
         dtype: Type of its activations.
-        bias: A bias that must be made, as no input has its shape; None if there is none.
+        bias: The input and the values of a bias that must be made, as no input has them.
     """
 
     op_type: str
@@ -70,7 +70,7 @@ class Plan:
     attributes: Attributes
     inputs: Mapping[str, ir.Value]
     dtype: ir.DataType
-    bias: npt.NDArray[Any] | None = None
+    bias: tuple[str, npt.NDArray[Any]] | None = None
 
     def apply(self, node: ir.Node, graph: ir.Graph, tensors: Tensors, name: str) -> None:
         """Changes the node.
@@ -87,23 +87,22 @@ class Plan:
         for role, parts in tensors.items():
             for kind, tensor in parts.items():
                 place = (_QMOE_INPUTS if moe else _MATMUL_NBITS_INPUTS)[kind].format(role)
-                if place in names:  # fc3 has the codebook of fc1
-                    inputs[place] = add_initializer(graph, tensor)
+                inputs[place] = add_initializer(graph, tensor)
         if self.bias is not None:
-            inputs["bias"] = add_initializer(graph, ir.Tensor(self.bias, name=name))
+            place, values = self.bias
+            inputs[place] = add_initializer(graph, ir.Tensor(values, name=name))
         former = list(node.inputs)
         node.resize_inputs(max(map(names.index, inputs)) + 1)
         for index in range(len(node.inputs)):
             node.replace_input_with(index, inputs.get(names[index]))
         if not moe:
             node.attributes.clear()
-        for key, said in self.attributes.items():
-            node.attributes[key] = ir.convenience.convert_attribute(key, said)
+        set_attributes(node, self.attributes)
         node.domain, node.op_type = DOMAIN, self.op_type
         if node.outputs[0].type is None:  # scales and biases may not tell it any more
             node.outputs[0].type = ir.TensorType(self.dtype)
         for value in former:
-            _drop(value)
+            drop_weight(value)
 
 
 def is_product_with_weight(node: ir.Node) -> bool:
@@ -150,7 +149,7 @@ def plan_product(node: ir.Node, spec: Spec) -> Plan:
     block_size = spec.block_size
     if block_size is None:
         block_size = _SQUARE_BLOCK if spec.format.square_blocks else _BLOCK
-    if block_size == 0:
+    if block_size == 0 and not spec.format.square_blocks:
         raise UnsupportedError(f"{spec}: MatMulNBits has no scales of rows; say a block size")
     name = product_weight_name(node)
     weight = Weight(
@@ -165,11 +164,12 @@ def plan_product(node: ir.Node, spec: Spec) -> Plan:
             inputs["bias"] = value
     attributes: Attributes = {**spec.format.matmul_nbits_attributes}
     attributes |= {"K": k, "N": n, "block_size": block_size}
-    return Plan("MatMulNBits", (weight,), attributes, inputs, tensor.dtype, bias)
+    made = None if bias is None else ("bias", bias)
+    return Plan("MatMulNBits", (weight,), attributes, inputs, tensor.dtype, made)
 
 
 def plan_moe(node: ir.Node, spec_of: Callable[[str, str], Spec]) -> Plan:
-    """Plans the QMoE that a MoE becomes.
+    """Plans the QMoE that a MoE becomes: fc3, if there is one, is merged into its fc1.
 
     Args:
         node: The node.
@@ -178,38 +178,62 @@ def plan_moe(node: ir.Node, spec_of: Callable[[str, str], Spec]) -> Plan:
     Raises:
         UnsupportedError: If it cannot become one.
     """
-    dtype = float_type(describe(node).gemms[0].dtype)
-    roles = [role for role, index in _MOE_WEIGHTS.items() if given(node, index)]
-    found = {role: moe_weight(node, role) for role in roles}
-    specs = {role: spec_of(role, found[role][0]) for role in ("fc1", "fc2")}
+    found = expert_weights(node)
+    described = describe_experts(node, {role: w.constant for role, w in found.items()})
+    dtype = float_type(described.gemms[0].dtype)
+    specs = {role: spec_of(role, found[role].name) for role in ("fc1", "fc2")}
     block_size = _common_block_size(specs)
     weights = []
-    for role, (name, tensor) in found.items():
-        spec = specs["fc2" if role == "fc2" else "fc1"]
+    for role, spec in specs.items():
+        source, ups = found[role], found.get("fc3") if role == "fc1" else None
+        if ups is not None and ups.transposed != source.transposed:
+            raise UnsupportedError(
+                "fc1 and fc3 are stored in two layouts, one of them behind a Transpose; fold the "
+                "constants of the model first"
+            )
         own = spec.format.only_block_size
         block = block_size if own is None else own
-        if role == "fc3" and spec.format.has_global_scale(block):
-            raise UnsupportedError(
-                f"fc3 is given, but {spec} needs a global scale for each projection, and there is "
-                "no input for that of fc3"
-            )
-        check_columns(role, tensor.shape.numpy()[-1], ScalePlan(spec.format, block))
-        weights.append(Weight(role, name, tensor, False, spec.format, block, spec.symmetric, False))
+        check_columns(role, source.constant.shape[-1], ScalePlan(spec.format, block))
+        weight = Weight(
+            role,
+            source.name,
+            source.tensor,
+            source.transposed,
+            spec.format,
+            block,
+            spec.symmetric,
+            whole_blocks=False,
+            ups=None if ups is None else ups.tensor,
+        )
+        weights.append(weight)
     inputs = {"input": node.inputs[0], "router_probs": node.inputs[1]}
-    for role in roles:
-        if given(node, _MOE_WEIGHTS[role] + 1):
-            inputs[f"{role}_experts_bias"] = node.inputs[_MOE_WEIGHTS[role] + 1]
+    inputs |= {
+        f"{r}_experts_bias": node.inputs[WEIGHTS[r] + 1] for r in specs if _has_bias(node, r)
+    }
+    attributes, bias = _qmoe_attributes(specs, block_size), None
+    if "fc3" in found:
+        attributes |= merged_gates(node)
+        if _has_bias(node, "fc1") or _has_bias(node, "fc3"):
+            inputs.pop("fc1_experts_bias", None)
+            bias = ("fc1_experts_bias", _merged_bias(node, found["fc1"].constant.shape[:2], dtype))
     present = {name: value for name, value in inputs.items() if value is not None}
-    return Plan("QMoE", tuple(weights), _qmoe_attributes(specs, block_size), present, dtype)
+    return Plan("QMoE", tuple(weights), attributes, present, dtype, bias)
 
 
-def moe_weight(node: ir.Node, role: str) -> tuple[str, ir.TensorProtocol]:
-    """The name and the tensor of a projection of a MoE node."""
-    index = _MOE_WEIGHTS[role]
-    tensor, value = constant_tensor(node, index, f"{role} weights"), node.inputs[index]
-    assert tensor is not None
-    assert value is not None
-    return value.name or role, tensor
+def _has_bias(node: ir.Node, role: str) -> bool:
+    return given(node, WEIGHTS[role] + 1)
+
+
+def _merged_bias(node: ir.Node, shape: tuple[int, ...], dtype: ir.DataType) -> npt.NDArray[Any]:
+    """The biases of gates and ups, alternating, [E, 2 N]; zeros for one that is not there."""
+    tensors = [constant_tensor(node, WEIGHTS[role] + 1, f"{role} bias") for role in ("fc1", "fc3")]
+    types = {tensor.dtype for tensor in tensors if tensor is not None}
+    common = (types.pop() if len(types) == 1 else dtype).numpy()
+    parts = [
+        np.zeros(shape, common) if tensor is None else tensor.numpy().astype(common)
+        for tensor in tensors
+    ]
+    return np.stack(parts, axis=-1).reshape(shape[0], -1)
 
 
 def _qmoe_attributes(specs: Mapping[str, Spec], block_size: int) -> Attributes:
@@ -291,15 +315,3 @@ def _is_constant(value: ir.Value) -> bool:
     if producer is not None:
         return producer.domain == "" and producer.op_type == "Constant"
     return value.is_initializer()
-
-
-def _drop(value: ir.Value | None) -> None:
-    """Removes a constant that nobody reads any more, and a Transpose of one."""
-    producer = None if value is None else value.producer()
-    if value is not None and producer is not None and producer.op_type == "Transpose":
-        if not value.uses() and not value.is_graph_output() and value.graph is not None:
-            source = producer.inputs[0]
-            value.graph.remove(producer, safe=True)
-            _drop(source)
-        return
-    drop_if_unused(value)

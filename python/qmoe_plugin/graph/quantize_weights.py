@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,14 +34,17 @@ class Weight:
     """A float weight, and what it becomes.
 
     Attributes:
-        role: "fc1", "fc2", "fc3" or "B".
+        role: "fc1", "fc2" or "B".
         name: Of the tensor.
-        tensor: [E, N, K], or one matrix.
-        transposed: Whether it is a matrix [K, N].
+        tensor: [E, N, K], or one matrix [N, K].
+        transposed: Whether N and K change places in it.
         format: The format.
         block_size: Along K; 0 = one scale a row, or an expert.
         symmetric: Without zero points.
         whole_blocks: Whether rows are padded to whole blocks, as MatMulNBits has them.
+        ups: Of the shape of `tensor`, whose rows are gates: rows of both will alternate, g0, u0, g1
+            and so on. None if there is nothing to merge.
+        importance: Of its columns, [E, K], for the search; None if all matter the same.
     """
 
     role: str
@@ -52,19 +55,22 @@ class Weight:
     block_size: int
     symmetric: bool
     whole_blocks: bool
+    ups: ir.TensorProtocol | None = None
+    importance: Array | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """E, N and K."""
         *lead, a, b = self.tensor.shape.numpy()
-        return (lead[0] if lead else 1, *((b, a) if self.transposed else (a, b)))
+        n, k = (b, a) if self.transposed else (a, b)
+        return lead[0] if lead else 1, n if self.ups is None else 2 * n, k
 
     @property
     def row_shape(self) -> tuple[int, ...]:
         """Shape of the bytes of a row of codes."""
         k, bits = self.shape[2], self.format.bits
         if self.whole_blocks:
-            return (self.format.groups(k, self.block_size), self.block_size * bits // 8)
+            return (self.format.groups(k, self.block_size), (self.block_size or k) * bits // 8)
         return (-(-k * bits // 8),)
 
     def __str__(self) -> str:
@@ -77,13 +83,40 @@ class Weight:
         sizes = f"{n} x {k}" if self.role == "B" else f"{experts} x {n} x {k}"
         return f"{self.role} {self.format.name}{zeros} {block}, {sizes}"
 
-    def read(self) -> Array:
-        """[E, N, K], a view of the model's memory or of a mapping of its file."""
-        raw = raw_bytes(self.tensor).view(self.tensor.dtype.numpy())
-        stack: Array = raw.reshape(self.tensor.shape.numpy())
-        if stack.ndim == 2:
-            stack = stack[None]
-        return stack.swapaxes(1, 2) if self.transposed else stack
+
+class _Rows:
+    """Reads some rows at a time. Of a file, no more is mapped than is asked for."""
+
+    def __init__(self, weight: Weight) -> None:
+        self._transposed = weight.transposed
+        self._tensors = [weight.tensor] if weight.ups is None else [weight.tensor, weight.ups]
+        self._held = {
+            index: raw_bytes(tensor)  # decoded once
+            for index, tensor in enumerate(self._tensors)
+            if not isinstance(tensor, ir.ExternalTensor)
+        }
+
+    def __call__(self, expert: int, start: int, stop: int) -> Array:
+        """Rows of an expert, float32 [stop - start, K]; even numbers if ups are merged."""
+        parts = len(self._tensors)
+        rows = [
+            self._matrix(index, expert)[start // parts : stop // parts].astype(np.float32)
+            for index in range(parts)
+        ]
+        merged = rows[0] if parts == 1 else np.stack(rows, axis=1).reshape(stop - start, -1)
+        return np.ascontiguousarray(merged)
+
+    def _matrix(self, index: int, expert: int) -> Array:
+        """A view [N, K] of a matrix of an expert."""
+        tensor = self._tensors[index]
+        *lead, a, b = tensor.shape.numpy()
+        size = tensor.nbytes // math.prod(lead)
+        if index in self._held:
+            raw = self._held[index][expert * size : (expert + 1) * size]
+        else:
+            raw = raw_bytes(tensor, expert * size, size)
+        matrix: Array = raw.view(tensor.dtype.numpy()).reshape(a, b)
+        return matrix.T if self._transposed else matrix
 
 
 @dataclass
@@ -105,7 +138,11 @@ class _Pieces:
 
 
 def quantize_weight(
-    weight: Weight, search: str, store: Store, names: Names
+    weight: Weight,
+    search: str,
+    store: Store,
+    names: Names,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, ir.TensorProtocol]:
     """Quantises a weight.
 
@@ -114,6 +151,7 @@ def quantize_weight(
         search: One of `SEARCHES`.
         store: Takes the tensors.
         names: Gives them names.
+        advance: Called with how many weights were done, time and again.
 
     Returns:
         The tensors of the node that the format has: "codes", "scales", "zero_points",
@@ -136,7 +174,7 @@ def quantize_weight(
             names.new(f"{weight.name}.{weight.format.name}"),
             ir.DataType.UINT8,
             (*lead, n, *weight.row_shape),
-            _codes(weight, search, pieces),
+            _codes(weight, search, pieces, advance),
         )
     }
     if pieces.scales:
@@ -157,36 +195,55 @@ def quantize_weight(
     return tensors
 
 
-def _codes(weight: Weight, search: str, pieces: _Pieces) -> Iterator[npt.NDArray[np.uint8]]:
+def _codes(
+    weight: Weight, search: str, pieces: _Pieces, advance: Callable[[int], None]
+) -> Iterator[npt.NDArray[np.uint8]]:
     """The codes of some rows at a time, uint8 [rows, bytes]; the rest goes to `pieces`."""
-    stack = weight.read()
-    for matrix in stack:
-        rows_at_once = _rows_at_once(weight)
-        for start in range(0, len(matrix), rows_at_once):
-            quantized = _quantize(weight, search, matrix[start : start + rows_at_once])
+    experts, n, _ = weight.shape
+    read, rows_at_once = _Rows(weight), _rows_at_once(weight, search)
+    pieces_of = [(start, min(start + rows_at_once, n)) for start in range(0, n, rows_at_once)]
+    for expert in range(experts):
+        largest = None
+        if len(pieces_of) > 1 and weight.format.has_global_scale(weight.block_size):
+            largest = max(float(np.abs(read(expert, *piece)).max()) for piece in pieces_of)
+        for start, stop in pieces_of:
+            rows = read(expert, start, stop)
+            quantized = _quantize(weight, search, rows, largest, expert)
             pieces.take(quantized, first=start == 0)
             padding = math.prod(weight.row_shape) - quantized.codes.shape[-1]
             yield np.ascontiguousarray(np.pad(quantized.codes, ((0, 0), (0, padding))))
+            advance(rows.size)
 
 
-def _rows_at_once(weight: Weight) -> int:
-    """Rows that are quantised together: all of them where a scale is found from all of them."""
+def _rows_at_once(weight: Weight, search: str) -> int:
+    """Rows that are quantised together: all of them where a scale of all of them is searched."""
     fmt, (_, n, k) = weight.format, weight.shape
-    if fmt.scale_type == "float8e4m3fn" or (fmt.square_blocks and not weight.block_size):
+    if search == "mse" and fmt.square_blocks and not weight.block_size:
         return n
     unit = max(_ROWS_UNIT, weight.block_size if fmt.square_blocks else 1)
     return max(1, _WEIGHTS_AT_ONCE // k // unit) * unit
 
 
-def _quantize(weight: Weight, search: str, rows: Array) -> Quantized:
-    values = np.ascontiguousarray(rows, dtype=np.float32)
+def _quantize(
+    weight: Weight, search: str, values: Array, largest: float | None, expert: int
+) -> Quantized:
     if not np.isfinite(values).all():
         raise UnsupportedError(f"'{weight.name}' holds NaN or infinity, which no format has")
-    quantize = formats.quantize_mse if search == "mse" else formats.Format.quantize
-    return quantize(
+    scale_dtype = weight.tensor.dtype.numpy()
+    if search != "mse":
+        return weight.format.quantize(
+            values,
+            weight.block_size,
+            symmetric=weight.symmetric,
+            scale_dtype=scale_dtype,
+            largest=largest,
+        )
+    return formats.quantize_mse(
         weight.format,
         values,
         weight.block_size,
         symmetric=weight.symmetric,
-        scale_dtype=weight.tensor.dtype.numpy(),
+        scale_dtype=scale_dtype,
+        largest=largest,
+        importance=None if weight.importance is None else weight.importance[expert],
     )

@@ -51,6 +51,11 @@ def routing_products(body: Body) -> dict[ir.Node, str]:
     return found
 
 
+def products_before_scores(topk: ir.Node) -> list[ir.Node]:
+    """The MatMul, Gemm and MatMulNBits nodes that a TopK's scores come from."""
+    return list(_products_before(topk.inputs[0], _FROM_LOGITS, quantized=True))
+
+
 def _routing_inputs(node: ir.Node) -> Iterator[ir.Value | None]:
     if node.domain == "" and node.op_type == "TopK":
         yield node.inputs[0]
@@ -60,7 +65,9 @@ def _routing_inputs(node: ir.Node) -> Iterator[ir.Value | None]:
                 yield node.inputs[index]
 
 
-def _products_before(value: ir.Value | None, through: frozenset[str]) -> Iterator[ir.Node]:
+def _products_before(
+    value: ir.Value | None, through: frozenset[str], *, quantized: bool = False
+) -> Iterator[ir.Node]:
     """The nearest matrix products that a value is computed from, through these ops only."""
     waiting, seen = [value], set()
     while waiting:
@@ -70,6 +77,8 @@ def _products_before(value: ir.Value | None, through: frozenset[str]) -> Iterato
             continue
         seen.add(node)
         if node.domain != "":
+            if quantized and node.op_type == "MatMulNBits":
+                yield node
             continue
         if node.op_type in _PRODUCTS:
             yield node

@@ -25,12 +25,13 @@ _ACT_SCALES, _ACT_BLOCK_SCALES = (17, 18), (19, 20)
 
 _E8M0_SINCE = 27
 
-_SCALE_TYPES = {
+SCALE_TYPES = {
     "float": FLOATS,
     "float8e8m0": (ir.DataType.FLOAT8E8M0, ir.DataType.UINT8),
     "float8e4m3fn": (ir.DataType.FLOAT8E4M3FN,),
     "any": (*FLOATS, ir.DataType.FLOAT8E8M0, ir.DataType.FLOAT8E4M3FN),
 }
+"""Types of scales, by what a format says of them (`Format.scale_type`)."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,13 @@ def check_scales(plan: ScalePlan, scales: Constant | None, name: str) -> None:
 
 def check_scale_type(fmt: formats.Format, scales: Constant) -> None:
     """Refuses scales of a type that the format, or this onnxruntime, does not have."""
-    allowed = _SCALE_TYPES[fmt.scale_type]
+    allowed = SCALE_TYPES[fmt.scale_type]
     if fmt.scale_type == "float8e8m0" and scales.dtype in FLOATS:
         raise UnsupportedError(
             f"the weights are {fmt.name}, but {scales} is not float8e8m0. The model builder of "
-            "onnxruntime-genai 0.18 writes such nodes for Qwen3.5-MoE with moe_quant_type=mxfp4: "
-            "they hold prepacked int4 weights. Export the model again with moe_quant_type=int4"
+            "onnxruntime-genai 0.18 writes such nodes with moe_quant_type=mxfp4 for every model "
+            "but gpt-oss: they hold prepacked int4 weights. Export the model again with "
+            "moe_quant_type=int4"
         )
     if scales.dtype not in allowed:
         names = ", ".join(dtype.name.lower() for dtype in allowed)

@@ -8,8 +8,8 @@ STOCK_ATTRIBUTES = {
     "QMoE": frozenset(qmoe.STOCK_ATTRIBUTES),
     "MoE": frozenset(moe.STOCK_ATTRIBUTES),
     "MatMulNBits": frozenset(matmul_nbits.STOCK_ATTRIBUTES),
-    "MatMulBlockQuantizedFp8Weight": frozenset(matmul_block_quantized.STOCK_ATTRIBUTES),
-    "MatMulBlockQuantizedFp4Weight": frozenset(matmul_block_quantized.STOCK_ATTRIBUTES),
+    "MatMulBlockQuantizedFp8Weight": frozenset(matmul_block_quantized.FP8_STOCK_ATTRIBUTES),
+    "MatMulBlockQuantizedFp4Weight": frozenset(matmul_block_quantized.FP4_STOCK_ATTRIBUTES),
 }
 
 STOCK_INPUTS = {

@@ -249,7 +249,7 @@ def moe(
 def matmul_nbits(
     a: Array,
     b: Array,
-    scales: Array,
+    scales: Array | None,
     zero_points: Array | None = None,
     g_idx: Array | None = None,
     bias: Array | None = None,
@@ -262,7 +262,7 @@ def matmul_nbits(
     Args:
         a: [..., K], any float type.
         b: As `matmul_nbits_weights` takes it, and so the next three.
-        scales: One a block.
+        scales: One a block; None where there is a global scale only.
         zero_points: None, or one a block, packed or not.
         g_idx: None, or the block of each column.
         bias: None or [N].

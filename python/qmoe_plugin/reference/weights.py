@@ -130,7 +130,7 @@ def dequantize_projection(
 
 def matmul_nbits_weights(
     b: Array,
-    scales: Array,
+    scales: Array | None,
     zero_points: Array | None = None,
     g_idx: Array | None = None,
     codebook: Array | None = None,
@@ -147,7 +147,7 @@ def matmul_nbits_weights(
         b: uint8 (or float8_e4m3fn) [N, G, block_size * bits / 8]; the last block may be partial and
             is then padded.
         scales: [N, G], or flat; of square blocks [ceil(N / block_size), G]. uint8 is e8m0 where the
-            format has such scales.
+            format has such scales. None where there is a global scale only.
         zero_points: None, uint8 packed [N, ceil(G * bits / 8)], or one value a block [N, G]; or
             flat.
         g_idx: None, or int32 [K]: the block whose scale and zero point each column takes; codes
@@ -156,18 +156,20 @@ def matmul_nbits_weights(
         global_scale: None or [1].
         k: Attribute K, columns.
         n: Attribute N, rows.
-        block_size: Codes that share a scale.
+        block_size: Codes that share a scale; 0 where there is a global scale only.
         fmt: The weight format.
     """
     groups = fmt.groups(k, block_size)
     codes = formats.unpack(b.view(np.uint8).reshape(n, -1), fmt.bits, k)
-    height = block_size if fmt.square_blocks else 1
-    scale = decode_scales(scales, fmt.scale_type).reshape(-1, groups)
-    scale = np.repeat(scale, height, axis=0)[:n]
+    scale = np.ones((n, groups))
+    if scales is not None:
+        height = block_size if fmt.square_blocks else 1
+        scale = decode_scales(scales, fmt.scale_type).reshape(-1, groups)
+        scale = np.repeat(scale, height, axis=0)[:n]
     zero = np.full((n, groups), fmt.default_zero_point)
     if zero_points is not None:
         zero = expand_zero_points(zero_points.reshape(n, -1), fmt, (n, groups), block_size)
-    block_of = np.arange(k) // block_size if g_idx is None else g_idx.reshape(-1)[:k]
+    block_of = np.arange(k) // (block_size or k) if g_idx is None else g_idx.reshape(-1)[:k]
     values = fmt.values if codebook is None else fmt.with_codebook(codebook).values
     factor = 1.0 if global_scale is None else float(global_scale[0])
     return np.asarray((values[codes] - zero[:, block_of]) * scale[:, block_of] * factor)

@@ -1,0 +1,187 @@
+"""Writes the pages of docs/ that are generated: python ci/pages.py [--check]
+
+docs/command-line.md says what the parser of the command line knows, docs/benchmarks.md what the
+files of ci/bench/results hold. With --check nothing is written, and the exit code says whether the
+pages are current. (docs/support.md is written by `python -m qmoe_plugin kernels --markdown`.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from qmoe_plugin.cli import parser
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "ci" / "bench" / "results"
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--check", action="store_true", help="only compare")
+    check = options.parse_args().check
+    stale = []
+    for name, text in {"command-line": command_line(), "benchmarks": benchmarks()}.items():
+        page = ROOT / "docs" / f"{name}.md"
+        if not check:
+            page.write_text(text)
+        elif not page.exists() or page.read_text() != text:
+            stale.append(str(page.relative_to(ROOT)))
+    if stale:
+        print(f"{' and '.join(stale)} must be written again: python ci/pages.py", file=sys.stderr)
+    return int(bool(stale))
+
+
+def command_line() -> str:
+    """A section for each verb: usage, and a table of its arguments."""
+    made = parser()
+    (verbs,) = (a for a in made._actions if isinstance(a, argparse._SubParsersAction))
+    helps = {choice.dest: choice.help for choice in verbs._choices_actions}
+    lines = [
+        "# Command line",
+        "",
+        "Generated from the program's own parser by `python ci/pages.py`; do not edit.",
+        "",
+        "`python -m qmoe_plugin VERB ...`, or `qmoe-plugin VERB ...` where it is installed.",
+        "Exit codes: 0 if all is well, 1 if something is wrong (one line on standard error says",
+        "what; with `-v` the trace too), 2 for arguments that the verb does not take.",
+        "",
+    ]
+    for name, verb in verbs.choices.items():
+        actions = [action for action in verb._actions if action.dest != "help"]
+        usage = " ".join([name, *_usage(verb, actions)])
+        lines += [f"## {name}", "", f"{_sentence(helps[name])}", "", "```", usage, "```", ""]
+        lines += ["| argument | meaning |", "|---|---|"]
+        lines += [f"| `{_invocation(a)}` | {_cell(a)} |" for a in actions]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _usage(verb: argparse.ArgumentParser, actions: list[argparse.Action]) -> list[str]:
+    """The arguments, those that exclude each other together."""
+    groups = {id(a): group for group in verb._mutually_exclusive_groups for a in
+              group._group_actions}  # fmt: skip
+    words, done = [], set()
+    for action in [*_positional(actions), *_optional(actions)]:
+        group = groups.get(id(action))
+        if group is None:
+            words.append(_word(action))
+        elif id(group) not in done:
+            done.add(id(group))
+            words.append(f"[{' | '.join(_bare(a) for a in group._group_actions)}]")
+    return words
+
+
+def _positional(actions: list[argparse.Action]) -> list[argparse.Action]:
+    return [action for action in actions if not action.option_strings]
+
+
+def _optional(actions: list[argparse.Action]) -> list[argparse.Action]:
+    return [action for action in actions if action.option_strings]
+
+
+def _word(action: argparse.Action) -> str:
+    optional = action.option_strings or action.nargs == "?"
+    return f"[{_bare(action)}]" if optional else _bare(action)
+
+
+def _bare(action: argparse.Action) -> str:
+    """As in "--sm SM", "-v" or "MODEL"."""
+    if not action.option_strings:
+        return _value(action)
+    flag = action.option_strings[0]
+    return flag if action.nargs == 0 else f"{flag} {_value(action)}"
+
+
+def _invocation(action: argparse.Action) -> str:
+    if not action.option_strings:
+        return _value(action)
+    flags = ", ".join(action.option_strings)
+    return flags if action.nargs == 0 else f"{flags} {_value(action)}"
+
+
+def _value(action: argparse.Action) -> str:
+    if action.metavar is not None:
+        return str(action.metavar)
+    if action.choices is not None:
+        return "{" + ",".join(map(str, action.choices)) + "}"
+    return action.dest.upper()
+
+
+def _cell(action: argparse.Action) -> str:
+    return _sentence(action.help or "").replace("|", "\\|").replace("<", "&lt;").rstrip(".")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def benchmarks() -> str:
+    """A table for each file of results."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Generated from `ci/bench/results/` by `python ci/pages.py`; do not edit. How the numbers",
+        "come about is said in `ci/bench/bench_gpu.py` and `ci/bench/bench_cpu.py`, why they are",
+        "what they are in the [performance log](performance-log.md).",
+        "",
+    ]
+    for path in sorted(RESULTS.glob("gpu-[!t]*.json")):
+        lines += _gpu(json.loads(path.read_text()))
+    for path in sorted(RESULTS.glob("cpu-*.json")):
+        lines += _cpu(json.loads(path.read_text()))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _gpu(content: dict[str, Any]) -> list[str]:
+    rows = []
+    for case in content["cases"]:
+        for cell in case["cells"]:
+            rows.append((
+                case["name"], cell["tokens"], f"{cell['ours_us']:.0f}", f"{cell['stock_us']:.0f}",
+                f"{cell['speedup']:.2f}", f"{cell['floor_us']:.0f}", f"{cell['of_floor']:.0%}",
+            ))  # fmt: skip
+    header = ("layer", "tokens", "ours", "stock", "speedup", "floor", "ours of floor")
+    return [
+        f"## {content['device']}",
+        "",
+        "Microseconds of one layer in a CUDA graph, float16, onnxruntime-gpu "
+        f"{content['onnxruntime']}, {content['date'][:10]}. The floor is the least time that",
+        "memory or arithmetic takes.",
+        "",
+        *_table(header, rows),
+        "",
+    ]
+
+
+def _cpu(content: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            case["name"], case.get("accuracy_level", content.get("accuracy_level")),
+            cell["tokens"], f"{cell['ours']['median_ms']:.2f}",
+            f"{cell['stock']['median_ms']:.2f}", f"{cell['speedup']:.2f}",
+        )
+        for case in content["cases"]
+        for cell in case["cells"]
+    ]  # fmt: skip
+    return [
+        f"## {content['machine']}, {content['threads']} thread{'s' * (content['threads'] > 1)}",
+        "",
+        f"Milliseconds of one layer (clock: {content['clock']}), float32, both ops at the same "
+        f"accuracy_level, onnxruntime {content['onnxruntime']}, {content['date'][:10]}.",
+        "",
+        *_table(("layer", "level", "tokens", "ours", "stock", "speedup"), rows),
+        "",
+    ]
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

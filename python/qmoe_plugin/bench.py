@@ -1,0 +1,208 @@
+"""How long a model takes, as a whole and node by node, with our kernels and with the stock ones."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from qmoe_plugin.devices import CPU, Target, best_target
+from qmoe_plugin.graph.apply import apply
+from qmoe_plugin.graph.retarget import Retarget, Unretarget
+from qmoe_plugin.library import OPS, runtime
+from qmoe_plugin.ort_values import Array
+from qmoe_plugin.report import logger
+from qmoe_plugin.sample_inputs import Wanted, known_dims, sample_inputs
+from qmoe_plugin.taps import Source, default_providers, open_as_is, ort_errors, values_for
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_KERNEL_TIME = "_kernel_time"
+"""How onnxruntime's profiles end the names of what they say of a node."""
+
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """The time of a node.
+
+    Attributes:
+        name: Its name.
+        op_type: Its op, one of ours.
+        ours_us: Median microseconds with our kernels; None if it is not ours there.
+        stock_us: Likewise with the stock ones.
+    """
+
+    name: str
+    op_type: str
+    ours_us: float | None
+    stock_us: float | None
+
+
+@dataclass(frozen=True)
+class Times:
+    """The times of one session.
+
+    Attributes:
+        load_s: Seconds that making the session took.
+        median_ms: Of a run.
+        min_ms: Of a run.
+        nodes_us: Median microseconds of each node of our ops, by name; empty on CUDA.
+        others_us: Of all other nodes together; 0 on CUDA.
+    """
+
+    load_s: float
+    median_ms: float
+    min_ms: float
+    nodes_us: Mapping[str, float]
+    others_us: float
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """The times of a model.
+
+    Attributes:
+        model: Its path.
+        target: What it ran on.
+        shapes: Those of the inputs.
+        repeat: Runs that were timed.
+        ours: With our kernels.
+        stock: With the stock ones; None if they do not run it.
+        stock_reason: Why they do not; "" if they do.
+        nodes: The nodes of our ops, in the order of the model; empty on CUDA, where onnxruntime's
+            profiles see launches, not kernels.
+    """
+
+    model: str
+    target: str
+    shapes: Mapping[str, tuple[int, ...]]
+    repeat: int
+    ours: Times
+    stock: Times | None
+    stock_reason: str
+    nodes: tuple[NodeTime, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dicts and lists, for JSON."""
+        return {
+            **vars(self),
+            "ours": vars(self.ours),
+            "stock": None if self.stock is None else vars(self.stock),
+            "nodes": [vars(node) for node in self.nodes],
+        }
+
+
+def bench(
+    model: str | os.PathLike[str],
+    *,
+    inputs: Wanted | None = None,
+    repeat: int = 20,
+    threads: int = 0,
+    cpu: bool = False,
+) -> BenchReport:
+    """Times a model with our kernels, then with the stock ones.
+
+    One session at a time, so that both never need memory together. Nodes are timed by
+    onnxruntime's profiler, whole runs after it was switched off.
+
+    Args:
+        model: Path of the model. Nodes of either domain are moved for each session.
+        inputs: What to feed; None for random tokens, see `sample_inputs`.
+        repeat: How many runs to time.
+        threads: Threads of a session; 0 for onnxruntime's default.
+        cpu: Run on the CPU even where there is a GPU.
+
+    Raises:
+        RuntimeError: If our kernels do not run it.
+        ValueError: If inputs cannot be made, or the model has no node for our kernels.
+    """
+    if repeat < 1 or threads < 0:
+        raise ValueError(f"repeat is {repeat} and threads {threads}; at least 1 and 0 are needed")
+    path, where = Path(model), CPU if cpu else best_target()
+    ours = Source.read(path, Retarget(where))
+    feeds = sample_inputs(ours.graph(), known_dims(inputs or Wanted(), path))
+    our_times = _time(ours, where, feeds, repeat, threads)
+    stock, reason = _stock(path)
+    stock_times = None
+    if stock is not None:
+        try:
+            stock_times = _time(stock, where, feeds, repeat, threads)
+        except RuntimeError as error:
+            reason = str(error)
+    nodes = []
+    for node in ours.proto.graph.node:
+        times = [t.nodes_us.get(node.name) if t else None for t in (our_times, stock_times)]
+        if node.op_type in OPS and times != [None, None]:
+            nodes.append(NodeTime(node.name, node.op_type, *times))
+    shapes = {name: array.shape for name, array in feeds.items()}
+    return BenchReport(
+        str(path), str(where), shapes, repeat, our_times, stock_times, reason, tuple(nodes)
+    )
+
+
+def _stock(path: Path) -> tuple[Source | None, str]:
+    """The model with all nodes in com.microsoft, or why that cannot be."""
+    source = Source.read(path)
+    kept = apply(Unretarget(), source.proto).kept
+    if kept:
+        return None, f"{kept[0].op_type} '{kept[0].name}' cannot move back: {kept[0].reason}"
+    return source, ""
+
+
+def _time(
+    source: Source, where: Target, feeds: Mapping[str, Array], repeat: int, threads: int
+) -> Times:
+    """Times a session."""
+    with tempfile.TemporaryDirectory() as scratch, ort_errors(source.name):
+        options = runtime().SessionOptions()
+        options.intra_op_num_threads = threads
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(scratch) / "profile")
+        start = time.perf_counter()
+        session = open_as_is(source.proto, source.folder, default_providers(where), options)
+        load = time.perf_counter() - start
+        values = values_for(session, feeds)
+        for _ in range(_WARM_UP + repeat):
+            session.run_with_ort_values(None, values)
+        profile = json.loads(Path(session.end_profiling()).read_text())
+        runs = [_run(session, values) for _ in range(repeat)]
+    logger.info("%s: %.3f ms a run", source.name, 1e3 * statistics.median(runs))
+    nodes, others = ({}, 0.0) if where != CPU else _node_times(source.proto, profile)
+    del session
+    gc.collect()
+    return Times(load, 1e3 * statistics.median(runs), 1e3 * min(runs), nodes, others)
+
+
+def _run(session: onnxruntime.InferenceSession, values: dict[str, Any]) -> float:
+    start = time.perf_counter()
+    session.run_with_ort_values(None, values)
+    return time.perf_counter() - start
+
+
+def _node_times(
+    model: onnx.ModelProto, profile: list[dict[str, Any]]
+) -> tuple[dict[str, float], float]:
+    """Median microseconds of the nodes of our ops, by name, and of all others together."""
+    durations = defaultdict(list)
+    for event in profile:
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL_TIME):
+            durations[event["name"].removesuffix(_KERNEL_TIME)].append(event["dur"])
+    medians = {
+        name: statistics.median(times[_WARM_UP:] or times) for name, times in durations.items()
+    }
+    ours = {node.name for node in model.graph.node if node.op_type in OPS}
+    others = sum(median for name, median in medians.items() if name not in ours)
+    return {name: median for name, median in medians.items() if name in ours}, others

@@ -1,0 +1,57 @@
+"""``calibrate``: what a float model multiplies its weights with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import qmoe_plugin
+from qmoe_plugin.progress import Bar
+
+if TYPE_CHECKING:
+    from qmoe_plugin.commands import Commands
+
+
+def add(commands: Commands) -> None:
+    """Adds it to the parser."""
+    command = commands.add_parser("calibrate", help="run a float model to see what its weights see")
+    command.add_argument("input", type=Path, metavar="MODEL", help="float ONNX model")
+    command.add_argument("output", type=Path, metavar="OUT", help="file for quantize --calibration")
+    command.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help=".npz files with inputs by name, a run each; .npy files with tokens, a run a row",
+    )
+    command.add_argument(
+        "--random", type=int, default=0, metavar="N", help="runs of random tokens (0)"
+    )
+    command.add_argument("--length", type=int, default=128, help="tokens in a random run (128)")
+    command.add_argument("--vocabulary", type=int, help="how many tokens there are")
+    command.add_argument("--seed", type=int, default=0, help="of random tokens (0)")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    with Bar("runs") as bar:
+        report = qmoe_plugin.calibrate(
+            options.input,
+            options.output,
+            data=options.data,
+            random=options.random,
+            length=options.length,
+            vocabulary=options.vocabulary,
+            seed=options.seed,
+            progress=bar,
+        )
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    if not report.collected:
+        print("qmoe_plugin: there is nothing to calibrate", file=sys.stderr)
+        return 1
+    return 0

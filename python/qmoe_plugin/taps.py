@@ -1,0 +1,201 @@
+"""Runs a model as it is, and gives values from inside it; or single nodes of it, fed by hand."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+
+from qmoe_plugin.devices import CPU, CPU_PROVIDER, CUDA_PROVIDER, Target
+from qmoe_plugin.graph.apply import apply, load, serialize
+from qmoe_plugin.graph.retarget import Retarget
+from qmoe_plugin.library import runtime
+from qmoe_plugin.ort_values import Array, to_array, to_value, type_named
+from qmoe_plugin.session import FOLDER_KEY, register
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Providers = Sequence[str | tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to run.
+
+    Attributes:
+        name: What to call it in messages.
+        proto: The model, without its external data.
+        folder: Where its external data is.
+    """
+
+    name: str
+    proto: onnx.ModelProto
+    folder: Path
+
+    @classmethod
+    def read(cls, path: Path, retarget: Retarget | None = None) -> Source:
+        """Reads a model, and moves its nodes to our domain if told so."""
+        proto = load(path)
+        if retarget is not None:
+            report = apply(retarget, proto)
+            if not report.moved and not report.already:
+                raise ValueError(f"{path} has no node that our kernels run: {report}")
+        return cls(str(path) + (", retargeted" if retarget else ""), proto, path.parent.resolve())
+
+    def graph(self) -> ir.Model:
+        """The model, to look at."""
+        return ir.from_proto(self.proto)
+
+
+def run_with_taps(
+    source: Source, providers: Providers, feeds: Mapping[str, Array], taps: Iterable[str]
+) -> dict[str, Array]:
+    """All outputs of a model, and values inside it.
+
+    Nodes run where their domain says: those of com.microsoft are onnxruntime's.
+
+    Args:
+        source: The model.
+        providers: As for onnxruntime.InferenceSession.
+        feeds: Its inputs, by name; floats are cast to the type that the model wants.
+        taps: Names of values of its graph.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(source.proto)
+    present = {output.name for output in proto.graph.output} | set(feeds)
+    for name in taps:
+        if name not in present:
+            proto.graph.output.add(name=name)
+            present.add(name)
+    return _run(source, proto, providers, feeds) | dict(feeds)
+
+
+def run_nodes(
+    source: Source,
+    providers: Providers,
+    nodes: Mapping[str, ir.Node],
+    values: Mapping[str, Array],
+    types: Mapping[str, ir.DataType],
+) -> dict[str, Array]:
+    """The outputs of single nodes of a graph, by name, each run on given values.
+
+    Args:
+        source: The model.
+        providers: As for onnxruntime.InferenceSession.
+        nodes: By the name of their first output.
+        values: What they read, but for constants.
+        types: The types that they want it in.
+    """
+    if not nodes:
+        return {}
+    proto = onnx.ModelProto()
+    proto.CopyFrom(source.proto)
+    graph = proto.graph
+    wanted = {name for node in nodes.values() for name in _input_names(node)}
+    kept = [
+        node
+        for node in graph.node
+        if (node.output and node.output[0] in nodes)
+        or (node.op_type == "Constant" and node.output[0] in wanted)
+    ]
+    constants = {output for node in kept if node.op_type == "Constant" for output in node.output}
+    used = [tensor for tensor in graph.initializer if tensor.name in wanted]
+    constants |= {tensor.name for tensor in used}
+    feeds = {name: values[name] for name in sorted(wanted - constants)}
+    for field, content in (("node", kept), ("initializer", used)):
+        copies = [type(item).FromString(item.SerializeToString()) for item in content]
+        graph.ClearField(field)
+        getattr(graph, field).extend(copies)
+    for field in ("input", "output", "value_info", "sparse_initializer", "quantization_annotation"):
+        graph.ClearField(field)
+    for name, array in feeds.items():
+        dtype = types.get(name) or ir.DataType.from_numpy(array.dtype)
+        graph.input.append(onnx.helper.make_tensor_value_info(name, dtype.value, array.shape))
+    for name in nodes:
+        graph.output.add(name=name)
+    return _run(source, proto, providers, feeds)
+
+
+def activation_names(node: ir.Node) -> list[str]:
+    """Names of what a node reads and what is not constant."""
+    names = []
+    for value in node.inputs:
+        if value is None or value.is_initializer():
+            continue
+        producer = value.producer()
+        if producer is None or producer.op_type != "Constant":
+            names.append(value.name or "")
+    return names
+
+
+def _input_names(node: ir.Node) -> list[str]:
+    return [value.name or "" for value in node.inputs if value is not None]
+
+
+def _run(
+    source: Source, proto: onnx.ModelProto, providers: Providers, feeds: Mapping[str, Array]
+) -> dict[str, Array]:
+    with ort_errors(source.name):
+        session = open_as_is(proto, source.folder, providers)
+        outputs = session.run_with_ort_values(None, values_for(session, feeds))
+    names = [output.name for output in session.get_outputs()]
+    return {name: to_array(value) for name, value in zip(names, outputs, strict=True)}
+
+
+@contextlib.contextmanager
+def ort_errors(name: str) -> Iterator[None]:
+    """Turns the errors of onnxruntime, which have no base of their own, into a RuntimeError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith("onnxruntime"):
+            raise RuntimeError(f"{name} does not run: {str(error).strip()}") from error
+        raise
+
+
+def default_providers(where: Target) -> Providers:
+    """Those of a session that runs there, with stock products as exact as their type says."""
+    if where == CPU:
+        return [CPU_PROVIDER]
+    return [(CUDA_PROVIDER, {"use_tf32": "0"}), CPU_PROVIDER]
+
+
+def open_as_is(
+    proto: onnx.ModelProto,
+    folder: Path,
+    providers: Providers,
+    options: onnxruntime.SessionOptions | None = None,
+) -> onnxruntime.InferenceSession:
+    """A session in which every node is of the domain that the model says."""
+    options = options or runtime().SessionOptions()
+    options.log_severity_level = 4  # errors are raised
+    register(options)
+    options.add_session_config_entry(FOLDER_KEY, str(folder))
+    return runtime().InferenceSession(
+        serialize(proto), options, providers=list(providers), enable_fallback=0
+    )
+
+
+def values_for(
+    session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]
+) -> dict[str, onnxruntime.OrtValue]:
+    """The inputs that a session wants, in its types."""
+    made = {}
+    for value in session.get_inputs():
+        if value.name not in feeds:
+            raise ValueError(f"there is no value for input '{value.name}'")
+        array, dtype = feeds[value.name], type_named(value.type)
+        if dtype is not None and dtype.numpy() != array.dtype:
+            if not dtype.is_floating_point():
+                raise ValueError(
+                    f"input '{value.name}' is {array.dtype}, but the model wants {dtype.numpy()}"
+                )
+            array = array.astype(dtype.numpy())
+        made[value.name] = to_value(array)
+    return made
