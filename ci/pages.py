@@ -160,19 +160,20 @@ def _gpu(content: dict[str, Any]) -> list[str]:
 def _cpu(content: dict[str, Any]) -> list[str]:
     rows = [
         (
-            case["name"], cell["tokens"], f"{cell['ours']['median_ms']:.2f}",
+            case["name"], case.get("accuracy_level", content.get("accuracy_level")),
+            cell["tokens"], f"{cell['ours']['median_ms']:.2f}",
             f"{cell['stock']['median_ms']:.2f}", f"{cell['speedup']:.2f}",
         )
         for case in content["cases"]
         for cell in case["cells"]
     ]  # fmt: skip
     return [
-        f"## {content['machine']}, {content['threads']} threads",
+        f"## {content['machine']}, {content['threads']} thread{'s' * (content['threads'] > 1)}",
         "",
-        f"Milliseconds of one layer, float32, onnxruntime {content['onnxruntime']}, "
-        f"{content['date'][:10]}.",
+        f"Milliseconds of one layer (clock: {content['clock']}), float32, both ops at the same "
+        f"accuracy_level, onnxruntime {content['onnxruntime']}, {content['date'][:10]}.",
         "",
-        *_table(("layer", "tokens", "ours", "stock", "speedup"), rows),
+        *_table(("layer", "level", "tokens", "ours", "stock", "speedup"), rows),
         "",
     ]
 

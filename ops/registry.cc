@@ -30,7 +30,7 @@ const char* Name(GemmStage stage) {
 /// Why the kernel cannot run the problem on the device; empty if it can.
 std::string Refusal(const Kernel& kernel, const Device& device, const GemmProblem& problem) {
   if (kernel.available != nullptr && !kernel.available())
-    return "this processor cannot run it, or it is switched off";
+    return "this processor cannot run it or runs it slowly, or it is switched off";
   if (device.type == DeviceType::kCuda && (device.sm < kernel.min_sm || device.sm > kernel.max_sm))
     return Concat("runs on sm_", kernel.min_sm, " to sm_", kernel.max_sm, ", not sm_", device.sm);
   if (std::find(kernel.dtypes.begin(), kernel.dtypes.end(), problem.dtype) == kernel.dtypes.end())

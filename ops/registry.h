@@ -28,8 +28,8 @@ struct Kernel {
   /// Why this kernel cannot run the problem; empty if it can. Asked only for its own device, SM,
   /// format and dtype.
   std::string (*refuse)(const GemmProblem&) = nullptr;
-  /// CPU: whether this processor can run it (and no environment variable forbids it). Null =
-  /// always.
+  /// CPU: whether this processor can run it, and not slower than a more exact kernel (and no
+  /// environment variable forbids it). Null = always.
   bool (*available)() = nullptr;
   const void* launch = nullptr;
 };

@@ -1,6 +1,6 @@
 """The CPU kernels against the stock ops of onnxruntime, on layers of real models.
 
-    python ci/bench/bench_cpu.py [--quick] [--cases REGEX] [--tokens 1 8] [--threads 2]
+    python ci/bench/bench_cpu.py [--quick] [--cases REGEX] [--levels 0 4] [--tokens 1 8]
 
 Each case is one op with random weights in an external data file, as a model has them, once in
 com.microsoft and once in our domain. Both sessions live in one process, with the same options, on
@@ -8,10 +8,12 @@ one thread pool, and take turns with the same inputs; the routing changes every 
 reads other experts each time. Reported are medians, and the error of one token against the float64
 oracle (qmoe_plugin.reference), relative to the root mean square of its output.
 
-Writes ci/bench/results/cpu-<machine>.json and prints a table. `--quick` takes under a minute. The
-stock op runs at accuracy_level 0 unless told otherwise; ours is exact at every level. Stock 8-bit
-QMoE with blocks rounds activations to int8 at every level, as its error column shows; the cases
-called "stock exact" make it keep them (ORT_QMOE_CPU_QNBIT_GEMM=fp32), to compare like with like.
+Each case runs at several accuracy_levels, the same ones for both ops: 0 is exact, 3 allows bfloat16
+(stock ops have no such kernels and stay exact), 4 int8 activations. Stock 8-bit QMoE with blocks
+rounds activations to int8 at every level, as its error column shows; the cases called "stock exact"
+make it keep them (ORT_QMOE_CPU_QNBIT_GEMM=fp32), to compare like with like at level 0.
+
+Writes ci/bench/results/cpu-<machine>.json and prints a table. `--quick` takes about a minute.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from onnx import TensorProto, helper
 
 import qmoe_plugin
 from qmoe_plugin import reference
+from qmoe_plugin.kernels import Problem, ask
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -305,43 +308,61 @@ def summary(times: list[float]) -> dict[str, float]:
     }
 
 
-def run_case(case: Case, args: argparse.Namespace, report: Callable[[str], None]) -> dict[str, Any]:
+def run_case(
+    case: Case, args: argparse.Namespace, report: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The case at each level."""
     with tempfile.TemporaryDirectory(prefix="bench_cpu_", dir=args.scratch) as name:
-        folder = Path(name)
-        weights = Weights(case, folder)
-        for domain in (STOCK_DOMAIN, qmoe_plugin.DOMAIN):
-            make_model(case, weights, domain, args.accuracy_level, folder / f"{domain}.onnx")
-        if case.stock_exact:
-            os.environ[STOCK_SWITCH] = "fp32"
-        stock, stock_load = open_session(folder / f"{STOCK_DOMAIN}.onnx", ours=False)
-        if case.stock_exact:
-            del os.environ[STOCK_SWITCH]
-        ours, ours_load = open_session(folder / f"{qmoe_plugin.DOMAIN}.onnx", ours=True)
-        cells = []
-        for tokens in args.tokens:
-            feeds = make_feeds(case, tokens, 8 if tokens > 64 else 32)
-            ours_ms, stock_ms = time_in_turns([ours, stock], feeds, args.budget, args.clock)
-            expected = exact(case, weights, feeds[0])
-            cell = {
-                "tokens": tokens,
-                "ours": summary(ours_ms),
-                "stock": summary(stock_ms),
-                "ours_error": error(ours.run(None, feeds[0])[0], expected),
-                "stock_error": error(stock.run(None, feeds[0])[0], expected),
-            }
-            a, b = cell["ours"]["median_ms"], cell["stock"]["median_ms"]
-            cell["speedup"] = round(b / a, 3)
-            cell["ours_gflops"] = round(case.flops(tokens) / a / 1e6, 1)
-            cells.append(cell)
-            report(
-                f"{case.name:38} {tokens:5} {a:10.3f} {b:10.3f} {b / a:8.2f} "
-                f"{cell['ours_gflops']:8.1f} {cell['ours_error']:10.1e} {cell['stock_error']:10.1e}"
-            )
-        return {
-            **asdict(case),
-            "load_s": {"ours": round(ours_load, 3), "stock": round(stock_load, 3)},
-            "cells": cells,
+        weights = Weights(case, Path(name))
+        levels = [level for level in args.levels if not (case.stock_exact and level)]
+        return [run_level(case, weights, level, args, report) for level in levels]
+
+
+def run_level(
+    case: Case,
+    weights: Weights,
+    level: int,
+    args: argparse.Namespace,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    folder = weights.path.parent
+    for domain in (STOCK_DOMAIN, qmoe_plugin.DOMAIN):
+        make_model(case, weights, domain, level, folder / f"{domain}.onnx")
+    if case.stock_exact:
+        os.environ[STOCK_SWITCH] = "fp32"
+    stock, stock_load = open_session(folder / f"{STOCK_DOMAIN}.onnx", ours=False)
+    if case.stock_exact:
+        del os.environ[STOCK_SWITCH]
+    ours, ours_load = open_session(folder / f"{qmoe_plugin.DOMAIN}.onnx", ours=True)
+    kernel = our_kernel(case, level)
+    cells = []
+    for tokens in args.tokens:
+        feeds = make_feeds(case, tokens, 8 if tokens > 64 else 32)
+        ours_ms, stock_ms = time_in_turns([ours, stock], feeds, args.budget, args.clock)
+        expected = exact(case, weights, feeds[0])
+        cell = {
+            "tokens": tokens,
+            "ours": summary(ours_ms),
+            "stock": summary(stock_ms),
+            "ours_error": error(ours.run(None, feeds[0])[0], expected),
+            "stock_error": error(stock.run(None, feeds[0])[0], expected),
         }
+        a, b = cell["ours"]["median_ms"], cell["stock"]["median_ms"]
+        cell["speedup"] = round(b / a, 3)
+        cell["ours_gflops"] = round(case.flops(tokens) / a / 1e6, 1)
+        cells.append(cell)
+        report(
+            f"{case.name:38} {level:5} {tokens:6} {a:10.3f} {b:10.3f} {b / a:8.2f} "
+            f"{cell['ours_gflops']:8.1f} {cell['ours_error']:10.1e} {cell['stock_error']:10.1e}  "
+            f"{kernel}"
+        )
+    return {
+        **asdict(case),
+        "accuracy_level": level,
+        "kernel": kernel,
+        "load_s": {"ours": round(ours_load, 3), "stock": round(stock_load, 3)},
+        "cells": cells,
+    }
 
 
 def cpu_name() -> str:
@@ -360,10 +381,17 @@ def git_commit() -> str:
     return commit + ("-dirty" if git("status", "--porcelain", "--", "ops") else "")
 
 
-def our_kernel(bits: int) -> str:
-    """The kernel that runs a format here: the first available one by priority."""
-    rows = [k for k in qmoe_plugin.kernels() if k.device == "CPU" and k.format == f"int{bits}"]
-    return str(max((k for k in rows if k.available), key=lambda k: k.priority).name)
+def our_kernel(case: Case, level: int) -> str:
+    """The kernel that runs a case's matrix products."""
+    problem = Problem(
+        stage="fc2" if case.experts else "dense",
+        format=f"int{case.bits}",
+        n=case.hidden if case.experts else case.inter,
+        k=case.inter if case.experts else case.hidden,
+        block_size=case.block_size,
+        accuracy_level=level,
+    )
+    return str(ask(problem).kernel)
 
 
 def main() -> None:
@@ -372,7 +400,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="only cases whose name matches this expression")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--accuracy-level", type=int, default=0, help="of both ops")
+    parser.add_argument("--levels", type=int, nargs="+", help="accuracy levels of both ops")
     parser.add_argument("--budget", type=float, help="seconds of measuring a case and token count")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, by its CPU time: for busy machines"
@@ -383,6 +411,8 @@ def main() -> None:
     args.clock = time.thread_time if args.cpu_time else time.perf_counter
     if args.cpu_time:
         args.threads = 1
+    if args.levels is None:
+        args.levels = [0, 4] if args.quick else [0, 3, 4]
     if args.budget is None:
         args.budget = 1.0 if args.quick else 6.0
 
@@ -398,18 +428,18 @@ def main() -> None:
         "onnxruntime": ort.__version__,
         "qmoe_plugin": qmoe_plugin.__version__,
         "commit": git_commit(),
-        "accuracy_level": args.accuracy_level,
         "clock": "CPU time of one thread" if args.cpu_time else "wall",
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("ORT_", "QMOE_"))},
-        "kernels": [our_kernel(4), our_kernel(8)],
         "load_average_before": os.getloadavg()[0],
     }
-    print(f"{cpu}, {args.threads} threads, onnxruntime {ort.__version__}, {result['kernels'][0]}")
+    print(f"{cpu}, {args.threads} threads, onnxruntime {ort.__version__}")
     print(
-        f"{'case':38} {'tokens':>5} {'ours ms':>9} {'stock ms':>10} {'speedup':>8} "
-        f"{'GFLOP/s':>8} {'our error':>10} {'stock err':>10}"
+        f"{'case':38} {'level':>5} {'tokens':>6} {'ours ms':>10} {'stock ms':>10} {'speedup':>8} "
+        f"{'GFLOP/s':>8} {'our error':>10} {'stock err':>10}  kernel"
     )
-    result["cases"] = [run_case(case, args, lambda line: print(line, flush=True)) for case in cases]
+    result["cases"] = [
+        found for case in cases for found in run_case(case, args, lambda s: print(s, flush=True))
+    ]
     result["load_average_after"] = os.getloadavg()[0]
     slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu} {args.threads}t".lower()).strip("-")
     suffix = "-quick" * args.quick + "-cpu-time" * args.cpu_time

@@ -1,5 +1,6 @@
 #include "ops/cpu/gemm.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <deque>
 #include <string>
@@ -36,6 +37,14 @@ bool Avx512Available() {
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && Avx2Available();
 }
+
+bool VnniAvailable() { return Avx512Available() && __builtin_cpu_supports("avx512vnni"); }
+
+/// vdpbf16ps has twice the rate of float32 multiply-adds on AMD's processors, but half of it on
+/// Intel's, where the exact kernels are faster.
+bool Bf16Available() {
+  return Avx512Available() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
+}
 #endif
 
 /// The reference runs at every level, but a wrong level must not go unnoticed.
@@ -47,18 +56,35 @@ std::string Refuse(const GemmProblem& problem) {
   return {};
 }
 
+/// Rounding a row of activations takes about as long as the products of 32 columns of y save.
+constexpr int64_t kMinRoundingColumns = 64;
+
+/// Refuse, and what asks for more exact sums or would not be faster.
+template <AccuracyLevel kLevel>
+std::string RefuseRounding(const GemmProblem& problem) {
+  if (problem.accuracy_level < kLevel)
+    return Concat("rounds activations, which only accuracy_level ", kLevel,
+                  kLevel < 4 ? " or more" : "", " allows, not ", problem.accuracy_level);
+  if (problem.n < kMinRoundingColumns)
+    return Concat("is not faster than exact kernels below ", kMinRoundingColumns,
+                  " output features, here ", problem.n);
+  return Refuse(problem);
+}
+
 Codes CodesOf(const Format& format) {
   if (format.plain_type == DType::kFloat16) return Codes::kFloat16;
   if (format.plain_type == DType::kBFloat16) return Codes::kBFloat16;
   if (format.plain_type == DType::kFloat32) return Codes::kFloat32;
   const int codes = 1 << format.bits;
-  bool is_signed = true, is_e4m3 = format.bits == 8;
+  bool is_signed = true, is_e4m3 = format.bits == 8, is_halves = !format.codebook;
   for (int code = 0; code < codes; ++code) {
     const float value = format.centered[code];
     is_signed &= value == float(code - codes / 2);
     is_e4m3 &= (code & 0x7f) == 0x7f || value == DecodeE4M3(uint32_t(code));
+    is_halves &= std::fabs(value) <= 8 && 2 * value == std::rint(2 * value);
   }
-  return is_signed ? Codes::kSigned : is_e4m3 ? Codes::kE4M3 : Codes::kTable;
+  if (is_signed) return Codes::kSigned;
+  return is_halves ? Codes::kHalves : is_e4m3 ? Codes::kE4M3 : Codes::kTable;
 }
 
 /// The values of the codes, repeated for those under 8 bits; zeros for plain formats.
@@ -67,34 +93,68 @@ void FillTable(const Format& format, float* table) {
     table[i] = format.plain() ? 0.0f : format.centered[i & ((1 << format.bits) - 1)];
 }
 
-void Register(const CpuIsa& isa, int priority, bool (*available)()) {
+/// A family of kernels: one for each format that it takes.
+struct Family {
+  const char* stem;
+  const CpuIsa* isa;
+  GemmKernel (*select)(const CpuIsa& isa, int bits, Codes codes, int block);
+  int priority;
+  bool (*available)();
+  std::string (*refuse)(const GemmProblem&);
+  const char* arithmetic;  // for the support table
+};
+
+/// The exact kernels, which take any block size alike.
+GemmKernel SelectExact(const CpuIsa& isa, int bits, Codes codes, int) {
+  return {isa.gemm(bits, codes), kFloatsOf32, nullptr};
+}
+
+#if defined(__x86_64__)
+template <GemmKernel (*kSelect)(int, Codes, int)>
+GemmKernel SelectRounding(const CpuIsa&, int bits, Codes codes, int block) {
+  return kSelect(bits, codes, block);
+}
+#endif
+
+void Register(const Family& family) {
   static std::deque<CpuGemm> launches;  // live as long as the registry; a deque never moves them
   for (const Format* format : Formats()) {
-    CpuGemm& launch =
-        launches.emplace_back(CpuGemm{&isa, isa.gemm(format->bits, CodesOf(*format)), {}});
+    const auto select = [&](int block) {
+      return family.select(*family.isa, format->bits, CodesOf(*format), block);
+    };
+    if (select(32).gemm == nullptr) continue;
+    CpuGemm& launch = launches.emplace_back(CpuGemm{family.isa, select(32), select(16), {}});
     FillTable(*format, launch.table);
-    const std::string stem = std::string("gemm_") + isa.name;
-    RegisterKernel({.name = stem + "." + format->name,
-                    .stem = stem,
-                    .format = format,
-                    .device = DeviceType::kCpu,
-                    .dtypes = {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
-                    .layout = Layout::kCpuPanel16,
-                    .priority = priority,
-                    .limits = "per channel, or blocks of a multiple of 16; float32 arithmetic",
-                    .refuse = Refuse,
-                    .available = available,
-                    .launch = &launch});
+    RegisterKernel(
+        {.name = std::string(family.stem) + "." + format->name,
+         .stem = family.stem,
+         .format = format,
+         .device = DeviceType::kCpu,
+         .dtypes = {DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+         .layout = Layout::kCpuPanel16,
+         .priority = family.priority,
+         .limits = std::string("per channel, or blocks of a multiple of 16; ") + family.arithmetic,
+         .refuse = family.refuse,
+         .available = family.available,
+         .launch = &launch});
   }
 }
 
 }  // namespace
 
 void RegisterCpuKernels() {
-  Register(kCpuReference, 0, ReferenceAvailable);
+  constexpr const char* kExact = "float32 arithmetic";
+  Register({"gemm_reference", &kCpuReference, SelectExact, 0, ReferenceAvailable, Refuse, kExact});
 #if defined(__x86_64__)
-  Register(kCpuAvx2, 10, Avx2Available);
-  Register(kCpuAvx512, 20, Avx512Available);
+  constexpr const char* kInt8 = "accuracy_level 4, activations rounded to int8";
+  Register({"gemm_avx2", &kCpuAvx2, SelectExact, 10, Avx2Available, Refuse, kExact});
+  Register({"gemm_avx2_int8", &kCpuAvx2, SelectRounding<Avx2Int8Gemm>, 25, Avx2Available,
+            RefuseRounding<4>, kInt8});
+  Register({"gemm_avx512", &kCpuAvx512, SelectExact, 20, Avx512Available, Refuse, kExact});
+  Register({"gemm_avx512_bf16", &kCpuAvx512, SelectRounding<Avx512Bf16Gemm>, 30, Bf16Available,
+            RefuseRounding<3>, "accuracy_level 3 or 4, activations rounded to bfloat16"});
+  Register({"gemm_avx512_vnni", &kCpuAvx512, SelectRounding<Avx512VnniGemm>, 40, VnniAvailable,
+            RefuseRounding<4>, kInt8});
 #endif
 }
 

@@ -1,13 +1,22 @@
-// The CPU's kernels: grouped GEMM y = x W^T + bias on panels (ops/cpu/layout.h), float32 inside.
+// The CPU's kernels: grouped GEMM y = x W^T + bias on panels (ops/cpu/layout.h).
 //
-//   gemm_reference.<format>   portable C++; runs everywhere, oracle of the tests
-//   gemm_avx2.<format>        AVX2, FMA, F16C
-//   gemm_avx512.<format>      AVX-512 F, BW, VL, DQ
+//   gemm_reference.<format>     portable C++; runs everywhere, oracle of the tests
+//   gemm_avx2.<format>          AVX2, FMA, F16C
+//   gemm_avx512.<format>        AVX-512 F, BW, VL, DQ
 //
-// All take every registered format (2, 4 or 8 bits: codes are decoded by a table, or as signed
-// integers where the format allows; plain floats), every activation type, per channel and any block
-// size that is a multiple of 16. The highest level that the processor has is used; environment variable
-// QMOE_PLUGIN_CPU_ISA = reference | avx2 | avx512 lowers it.
+// These are exact, float32 inside. They take every registered format (2, 4 or 8 bits: codes are
+// decoded by a table, or as signed integers where the format allows; plain floats), every
+// activation type, per channel and any block size that is a multiple of 16.
+//
+//   gemm_avx512_bf16.<format>   accuracy_level 3 and 4: AVX512_BF16 (AMD's), activations and weights
+//                               (before their scales) rounded to bfloat16, sums in float32
+//   gemm_avx2_int8.<format>     accuracy_level 4: AVX2, activations rounded to int8
+//   gemm_avx512_vnni.<format>   accuracy_level 4: AVX512_VNNI, activations rounded to int8
+//
+// These are there for the formats that they are faster with; ops/cpu/gemm_blocks.inc says what they
+// compute. Of the kernels that the node's accuracy_level and the processor allow, the one with the
+// highest priority runs; environment variable QMOE_PLUGIN_CPU_ISA = reference | avx2 | avx512
+// forbids the instruction sets above.
 //
 // Sums are the same whatever the number of rows, threads or tasks: an element adds up the products
 // of a stretch of k in order (a block, or 128 k of a longer one), starting from zero, and then the
@@ -41,9 +50,9 @@ struct GemmArgs {
   int64_t block_size;  // 0 = per channel
   const float* table;  // [256] centered value of a code, repeated for codes under 8 bits; not read
                        // for Codes other than kTable
-  // Activations, zero from k to k_padded.
-  const float* x;  // [*, ldx]
-  int64_t ldx;
+  // Activations, zero from k to k_padded, as GemmKernel::store writes them.
+  const void* x;
+  int64_t row_bytes;         // from a row to the next
   const int32_t* row_index;  // [rows], row r is x[row_index[r]]; null = row r
   int64_t rows;
   float* y;  // [rows, ldy]
@@ -53,6 +62,7 @@ struct GemmArgs {
 /// How codes become numbers.
 enum class Codes {
   kTable,   // by GemmArgs::table
+  kHalves,  // by GemmArgs::table, and the numbers are multiples of 1/2 from -8 to 8 (e2m1)
   kSigned,  // code - 2^(bits - 1), so that arithmetic can do it
   kE4M3,    // 8-bit floats, which are float16 but for the exponent; NaN is refused when packing
   kFloat16,
@@ -61,6 +71,16 @@ enum class Codes {
 };
 
 using GemmFunction = void (*)(const GemmArgs&);
+
+/// A GEMM, and what it reads activations as.
+struct GemmKernel {
+  GemmFunction gemm;  // null: there is none
+  /// Bytes that 32 values of a row take.
+  int64_t bytes_of_32;
+  /// Writes values [first, first + count) of a row, both multiples of 32. Null: rows are float32.
+  void (*store)(const float* x, int64_t first, int64_t count, void* row);
+};
+inline constexpr int64_t kFloatsOf32 = 32 * sizeof(float);
 
 /// The functions of one instruction set. Each gemm_<isa>.cc defines one of these.
 struct CpuIsa {
@@ -80,13 +100,21 @@ extern const CpuIsa kCpuReference;
 #if defined(__x86_64__)
 extern const CpuIsa kCpuAvx2;
 extern const CpuIsa kCpuAvx512;
+
+/// The GEMMs that round activations, for codes of so many bits in blocks of a multiple of `block`
+/// (16 or 32). Each gemm_<isa>_<arithmetic>.cc defines one of these.
+GemmKernel Avx512Bf16Gemm(int bits, Codes codes, int block);
+GemmKernel Avx512VnniGemm(int bits, Codes codes, int block);
+GemmKernel Avx2Int8Gemm(int bits, Codes codes, int block);
 #endif
 
 /// What Kernel::launch points to: one instruction set's functions for one format.
 struct CpuGemm {
   const CpuIsa* isa;
-  GemmFunction gemm;
-  float table[256];  // GemmArgs::table, but for formats with a codebook
+  GemmKernel blocks32, blocks16;  // for blocks of a multiple of 32 (or none), or only of 16
+  float table[256];               // GemmArgs::table, but for formats with a codebook
+
+  const GemmKernel& For(int64_t block_size) const { return block_size % 32 ? blocks16 : blocks32; }
 };
 
 /// Registers every kernel with every format. The registry calls it once, after all formats.

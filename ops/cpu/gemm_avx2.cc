@@ -11,72 +11,7 @@
 namespace qmoe_plugin {
 namespace {
 
-struct Vec {
-  static constexpr int kLanes = 8;
-  using F = __m256;
-  using I = __m256i;
-
-  QMOE_SIMD static F Zero() { return _mm256_setzero_ps(); }
-  QMOE_SIMD static F Set(float x) { return _mm256_set1_ps(x); }
-  QMOE_SIMD static F Load(const float* p) { return _mm256_loadu_ps(p); }
-  QMOE_SIMD static void Store(float* p, F x) { _mm256_storeu_ps(p, x); }
-  QMOE_SIMD static I LoadI(const void* p) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-  }
-  template <int kBits>
-  QMOE_SIMD static I ShiftRight(I x) {
-    return _mm256_srli_epi32(x, kBits);
-  }
-  QMOE_SIMD static F Add(F a, F b) { return _mm256_add_ps(a, b); }
-  QMOE_SIMD static F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
-  QMOE_SIMD static F Mul(F a, F b) { return _mm256_mul_ps(a, b); }
-  QMOE_SIMD static F Div(F a, F b) { return _mm256_div_ps(a, b); }
-  QMOE_SIMD static F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-  /// If either is NaN, the result is b.
-  QMOE_SIMD static F Min(F a, F b) { return _mm256_min_ps(a, b); }
-  QMOE_SIMD static F Max(F a, F b) { return _mm256_max_ps(a, b); }
-  QMOE_SIMD static F Round(F x) {
-    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
-  QMOE_SIMD static F Abs(F x) { return _mm256_andnot_ps(Set(-0.0f), x); }
-  /// a where x < 0 (not -0, not NaN), else b.
-  QMOE_SIMD static F IfNegative(F x, F a, F b) {
-    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, Zero(), _CMP_LT_OQ));
-  }
-  /// 2^n for whole n in [-126, 127].
-  QMOE_SIMD static F PowerOfTwo(F n) {
-    const I biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
-  }
-  /// From (a0 a1 a2 ...) and (b0 b1 b2 ...): (a0 a2 ... b0 b2 ...) and (a1 a3 ... b1 b3 ...).
-  QMOE_SIMD static void Deinterleave(F a, F b, F& even, F& odd) {
-    const F low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
-    even = _mm256_shuffle_ps(low, high, 0x88);  // a0 a2 a4 a6 | b0 b2 b4 b6
-    odd = _mm256_shuffle_ps(low, high, 0xdd);
-  }
-  QMOE_SIMD static F LoadHalf(const uint16_t* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  QMOE_SIMD static F LoadBFloat16(const uint16_t* p) {
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-  }
-  QMOE_SIMD static void StoreHalf(uint16_t* p, F x) {
-    const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
-  }
-  QMOE_SIMD static void StoreBFloat16(uint16_t* p, F x) {
-    const I bits = _mm256_castps_si256(x);
-    const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const I rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    const I quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-    const I nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const I high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-    const I packed = _mm256_packus_epi32(high, high);  // the two 128-bit halves apart
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
-  }
-};
+#include "ops/cpu/vec_avx2.inc"
 
 /// Codes of any format, by a table look-up in memory (8 bits).
 template <int Bits>
@@ -198,8 +133,13 @@ inline constexpr int kMaxRows = 4;
 
 constexpr int VectorsInFlight(int rows) { return rows == 1 ? 4 : 2; }
 
+// In this order, which is that of use:
 #include "ops/cpu/elementwise.inc"
+#include "ops/cpu/gemm_scales.inc"
+//
 #include "ops/cpu/gemm_tile.inc"
+//
+#include "ops/cpu/gemm_rows.inc"
 
 GemmFunction SelectGemm(int bits, Codes codes) {
   if (codes == Codes::kFloat16) return Gemm<HalfDecoder>;

@@ -18,68 +18,7 @@
 namespace qmoe_plugin {
 namespace {
 
-struct Vec {
-  static constexpr int kLanes = 16;
-  using F = __m512;
-  using I = __m512i;
-
-  QMOE_SIMD static F Zero() { return _mm512_setzero_ps(); }
-  QMOE_SIMD static F Set(float x) { return _mm512_set1_ps(x); }
-  QMOE_SIMD static F Load(const float* p) { return _mm512_loadu_ps(p); }
-  QMOE_SIMD static void Store(float* p, F x) { _mm512_storeu_ps(p, x); }
-  QMOE_SIMD static I LoadI(const void* p) { return _mm512_loadu_si512(p); }
-  template <int kBits>
-  QMOE_SIMD static I ShiftRight(I x) {
-    return _mm512_srli_epi32(x, kBits);
-  }
-  QMOE_SIMD static F Add(F a, F b) { return _mm512_add_ps(a, b); }
-  QMOE_SIMD static F Sub(F a, F b) { return _mm512_sub_ps(a, b); }
-  QMOE_SIMD static F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
-  QMOE_SIMD static F Div(F a, F b) { return _mm512_div_ps(a, b); }
-  QMOE_SIMD static F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  /// If either is NaN, the result is b.
-  QMOE_SIMD static F Min(F a, F b) { return _mm512_min_ps(a, b); }
-  QMOE_SIMD static F Max(F a, F b) { return _mm512_max_ps(a, b); }
-  QMOE_SIMD static F Round(F x) {
-    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
-  QMOE_SIMD static F Abs(F x) { return _mm512_abs_ps(x); }
-  /// a where x < 0 (not -0, not NaN), else b.
-  QMOE_SIMD static F IfNegative(F x, F a, F b) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, Zero(), _CMP_LT_OQ), b, a);
-  }
-  /// 2^n for whole n in [-126, 127].
-  QMOE_SIMD static F PowerOfTwo(F n) {
-    const I biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
-  }
-  /// From (a0 a1 a2 ...) and (b0 b1 b2 ...): (a0 a2 ... b0 b2 ...) and (a1 a3 ... b1 b3 ...).
-  QMOE_SIMD static void Deinterleave(F a, F b, F& even, F& odd) {
-    const I index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    even = _mm512_permutex2var_ps(a, index, b);
-    odd = _mm512_permutex2var_ps(a, _mm512_or_si512(index, _mm512_set1_epi32(1)), b);
-  }
-  QMOE_SIMD static F LoadHalf(const uint16_t* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  QMOE_SIMD static F LoadBFloat16(const uint16_t* p) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-  }
-  QMOE_SIMD static void StoreHalf(uint16_t* p, F x) {
-    const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
-  }
-  QMOE_SIMD static void StoreBFloat16(uint16_t* p, F x) {
-    const I bits = _mm512_castps_si512(x);
-    const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const I quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    const I high = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
-  }
-};
+#include "ops/cpu/vec_avx512.inc"
 
 /// Looks codes of 2 or 4 bits up in a register. vpermps reads the low four bits of a lane only, so
 /// the codes above need no masking; for 2 bits the table repeats.
@@ -175,8 +114,13 @@ inline constexpr int kMaxRows = 12;
 
 constexpr int VectorsInFlight(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 1; }
 
+// In this order, which is that of use:
 #include "ops/cpu/elementwise.inc"
+#include "ops/cpu/gemm_scales.inc"
+//
 #include "ops/cpu/gemm_tile.inc"
+//
+#include "ops/cpu/gemm_rows.inc"
 
 GemmFunction SelectGemm(int bits, Codes codes) {
   if (codes == Codes::kFloat16) return Gemm<HalfDecoder>;

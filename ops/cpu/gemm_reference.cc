@@ -92,7 +92,9 @@ void AddBlockToRows(const GemmArgs& args, const P& panel, int64_t first, int64_t
   panel.Decode(first, last, g, w);
   for (int n = 0; n < kPanelRows; ++n) scales[n] = panel.Scale(g, n);
   for (int64_t r = 0; r < args.rows; ++r) {
-    const float* x = args.x + (args.row_index ? args.row_index[r] : r) * args.ldx;
+    const float* x =
+        reinterpret_cast<const float*>(static_cast<const uint8_t*>(args.x) +
+                                       (args.row_index ? args.row_index[r] : r) * args.row_bytes);
     AddBlock(x, first, last, w, scales, y + r * args.ldy);
   }
 }

@@ -1,4 +1,4 @@
-// MatMulNBits on the CPU: Y[M, N] = A[M, K] B^T + bias, in tasks of up to 48 rows x 128 columns.
+// MatMulNBits on the CPU: Y[M, N] = A[M, K] B^T + bias, in tasks of up to 96 rows x 128 columns.
 #include <algorithm>
 
 #include "ops/cpu/packed_matrix.h"
@@ -32,21 +32,21 @@ class CpuMatMulNBits : public MatMulNBits {
                          .accuracy_level = config.accuracy_level}) {}
 
   size_t WorkspaceBytes(int64_t m) const override {
-    return ReadsInPlace() ? 0 : size_t(std::min(m, kChunkRows) * RowStride()) * sizeof(float);
+    return ReadsInPlace() ? 0 : size_t(std::min(m, kChunkRows) * matrix_.row_bytes());
   }
 
   PackedHeader Packed() const override { return matrix_.header(); }
 
   void Run(const MatMulTensors& tensors, const ExecutionContext& context) const override {
     if (ReadsInPlace()) {
-      const float* a = static_cast<const float*>(tensors.a);
-      return Multiply({a, config_.k, nullptr, tensors.m}, tensors.y, context);
+      const int64_t row_bytes = config_.k * int64_t(sizeof(float));
+      return Multiply({tensors.a, row_bytes, nullptr, tensors.m}, tensors.y, context);
     }
-    float* const x = static_cast<float*>(context.workspace);
+    uint8_t* const x = static_cast<uint8_t*>(context.workspace);
     for (int64_t first = 0; first < tensors.m; first += kChunkRows) {
       const int64_t rows = std::min(kChunkRows, tensors.m - first);
       LoadRows(At(tensors.a, first, config_.k), rows, x, context);
-      Multiply({x, RowStride(), nullptr, rows}, At(tensors.y, first, config_.n), context);
+      Multiply({x, matrix_.row_bytes(), nullptr, rows}, At(tensors.y, first, config_.n), context);
     }
   }
 
@@ -59,32 +59,39 @@ class CpuMatMulNBits : public MatMulNBits {
 
   /// Whether the kernel can read A as it is.
   bool ReadsInPlace() const {
-    return config_.dtype == DType::kFloat32 && k_order_.empty() && !config_.act_scale &&
-           config_.k == matrix_.k_padded() && cpu::FitsCache(config_.k);
+    return matrix_.TakesFloats() && config_.dtype == DType::kFloat32 && k_order_.empty() &&
+           !config_.act_scale && config_.k == matrix_.k_padded() &&
+           cpu::FitsCache(config_.k * int64_t(sizeof(float)));
   }
 
-  int64_t RowStride() const { return cpu::RowStride(matrix_.k_padded()); }
-
-  void LoadRows(const void* a, int64_t rows, float* x, const ExecutionContext& context) const {
+  void LoadRows(const void* a, int64_t rows, uint8_t* x, const ExecutionContext& context) const {
     cpu::RunTasks(context, (rows + kLoadRows - 1) / kLoadRows, [&](size_t i) {
       const int64_t last = std::min(rows, int64_t(i + 1) * kLoadRows);
       for (int64_t r = int64_t(i) * kLoadRows; r < last; ++r)
-        LoadRow(At(a, r, config_.k), x + r * RowStride());
+        LoadRow(At(a, r, config_.k), x + r * matrix_.row_bytes());
     });
   }
 
-  /// One row of A as float32, in the order of the packed k and with zeros for its padding.
-  void LoadRow(const void* a, float* x) const {
-    if (k_order_.empty()) {
-      matrix_.isa().to_float(a, config_.dtype, config_.k, x);
-      QuantizeActivations(config_.activation_quant(), config_.act_scale.value_or(1), config_.k, x);
-      std::fill(x + config_.k, x + matrix_.k_padded(), 0.0f);
-      return;
+  /// One row of A, in the order of the packed k.
+  void LoadRow(const void* a, void* row) const {
+    const int64_t values = k_order_.empty() ? config_.k : int64_t(k_order_.size());
+    float piece[cpu::kPiece];
+    for (int64_t first = 0; first < values; first += cpu::kPiece) {
+      const int64_t count = std::min(cpu::kPiece, values - first);
+      LoadPiece(a, first, count, piece);
+      QuantizeActivations(config_.activation_quant(), config_.act_scale.value_or(1), count, piece);
+      matrix_.StoreRow(piece, first, count, row);
     }
-    const int64_t ordered = int64_t(k_order_.size());
-    for (int64_t p = 0; p < ordered; ++p)
-      x[p] = k_order_[p] < 0 ? 0.0f : LoadFloat(a, config_.dtype, size_t(k_order_[p]));
-    std::fill(x + ordered, x + matrix_.k_padded(), 0.0f);
+    matrix_.EndRow(values, row);
+  }
+
+  /// Values [first, first + count) of a row of A in that order.
+  void LoadPiece(const void* a, int64_t first, int64_t count, float* x) const {
+    if (k_order_.empty()) return matrix_.isa().to_float(At(a, first, 1), config_.dtype, count, x);
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t k = k_order_[size_t(first + i)];
+      x[i] = k < 0 ? 0.0f : LoadFloat(a, config_.dtype, size_t(k));
+    }
   }
 
   void Multiply(const cpu::PackedMatrix::Rows& a, void* y, const ExecutionContext& context) const {
@@ -95,7 +102,8 @@ class CpuMatMulNBits : public MatMulNBits {
       const int64_t first = PartStart(a.count, blocks, block);
       const int64_t rows = PartStart(a.count, blocks, block + 1) - first;
       float sums[kTaskRows * kTaskColumns];
-      matrix_.Multiply(0, task, {a.x + first * a.ldx, a.ldx, nullptr, rows}, sums, kTaskColumns);
+      const void* const x = cpu::Advance(a.x, first * a.row_bytes);
+      matrix_.Multiply(0, task, {x, a.row_bytes, nullptr, rows}, sums, kTaskColumns);
       const int64_t column = task * kTaskColumns;
       const int64_t columns = std::min(kTaskColumns, config_.n - column);
       for (int64_t r = 0; r < rows; ++r)

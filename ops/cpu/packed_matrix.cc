@@ -1,5 +1,7 @@
 #include "ops/cpu/packed_matrix.h"
 
+#include <cstring>
+
 #include "ops/registry.h"
 
 namespace qmoe_plugin::cpu {
@@ -8,10 +10,38 @@ PackedMatrix::PackedMatrix(const PackSource& source, const GemmProblem& problem)
   const Device cpu{DeviceType::kCpu};
   const Kernel& kernel = Select(cpu, problem);
   kernel_ = static_cast<const CpuGemm*>(kernel.launch);
+  gemm_ = kernel_->For(problem.block_size);
   weights_ = source.ToHost(IsGated(problem.activation), TargetOf(cpu, problem.dtype));
   const float* codebook = weights_.codebook();
   for (int i = 0; i < 256; ++i)
     table_[i] = codebook ? codebook[i % (1 << problem.format->bits)] : kernel_->table[i];
+}
+
+int64_t PackedMatrix::row_bytes() const {
+  // A cache line more than a row, at least.
+  const int64_t bytes = k_padded() / 32 * gemm_.bytes_of_32 / 64 * 64 + 64;
+  return FitsCache(bytes) ? bytes : bytes + 64;
+}
+
+void PackedMatrix::StoreRow(const float* x, int64_t first, int64_t count, void* row) const {
+  const auto store = [&](const float* values, int64_t at, int64_t n) {
+    if (TakesFloats())
+      std::memcpy(static_cast<float*>(row) + at, values, size_t(n) * sizeof(float));
+    else
+      gemm_.store(values, at, n, row);
+  };
+  const int64_t whole = count / 32 * 32;
+  store(x, first, whole);
+  if (whole == count) return;
+  float last[32] = {};
+  std::copy(x + whole, x + count, last);
+  store(last, first + whole, 32);
+}
+
+void PackedMatrix::EndRow(int64_t count, void* row) const {
+  const float zeros[32] = {};
+  for (int64_t first = (count + 31) / 32 * 32; first < k_padded(); first += 32)
+    StoreRow(zeros, first, 32, row);
 }
 
 int64_t PackedMatrix::Multiply(int64_t expert, int64_t task, const Rows& rows, float* y,
@@ -36,12 +66,12 @@ int64_t PackedMatrix::Multiply(int64_t expert, int64_t task, const Rows& rows, f
   args.block_size = weights_.header.block_size;
   args.table = table_;
   args.x = rows.x;
-  args.ldx = rows.ldx;
+  args.row_bytes = rows.row_bytes;
   args.row_index = rows.index;
   args.rows = rows.count;
   args.y = y;
   args.ldy = ldy;
-  kernel_->gemm(args);
+  gemm_.gemm(args);
   return args.panels * kPanelRows;
 }
 

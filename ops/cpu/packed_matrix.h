@@ -15,15 +15,15 @@ namespace qmoe_plugin::cpu {
 
 /// A task computes up to kTaskRows rows times kTaskPanels panels: 128 columns, 0.2 MB of 4-bit
 /// weights at K = 2880. A token that decodes then has 100 tasks and more, each 20 us of memory
-/// traffic; with more rows, those of a task still fit in the second-level cache.
+/// traffic. The rows are as many as an expert usually has of a prompt of 512 tokens, so that its
+/// weights are read from memory once.
 inline constexpr int64_t kTaskPanels = 8;
-inline constexpr int64_t kTaskRows = 48;
+inline constexpr int64_t kTaskRows = 96;
 inline constexpr int64_t kTaskColumns = kTaskPanels * kPanelRows;
 
-/// Stride in floats of rows of x that are copied: a cache line more than a row. At a large power of
-/// two, the rows of a tile would compete for the same few lines of the first-level cache.
-constexpr int64_t RowStride(int64_t k_padded) { return k_padded + 16; }
-constexpr bool FitsCache(int64_t ldx) { return ldx % 512 != 0; }
+/// Whether rows of x may lie so many bytes apart. At a large power of two, the rows of a tile would
+/// compete for the same few lines of the first-level cache.
+constexpr bool FitsCache(int64_t row_bytes) { return row_bytes % 2048 != 0; }
 
 /// The weights of all experts of one projection.
 class PackedMatrix {
@@ -40,11 +40,21 @@ class PackedMatrix {
   /// Runs of kTaskPanels panels, the last one perhaps shorter.
   int64_t tasks() const { return (panels() + kTaskPanels - 1) / kTaskPanels; }
 
+  /// Whether rows of activations are float32, k_padded() of them; else they are what StoreRow makes.
+  bool TakesFloats() const { return gemm_.store == nullptr; }
+  /// Bytes from a row to the next, where rows are stored for this matrix: a multiple of 64.
+  int64_t row_bytes() const;
+  /// Stores values [first, first + count) of a row, and zeros up to a multiple of 32, which `first`
+  /// is.
+  void StoreRow(const float* x, int64_t first, int64_t count, void* row) const;
+  /// Stores the zeros behind a row's last value, number `count` - 1.
+  void EndRow(int64_t count, void* row) const;
+
   /// y[rows, ldy] = columns [task * kTaskColumns, ...) of the expert's y. Returns their number,
   /// a multiple of 16.
   struct Rows {
-    const float* x;        // [*, ldx], zero from k to k_padded()
-    int64_t ldx;           // RowStride(k_padded()), or any that FitsCache
+    const void* x;         // by StoreRow; or floats, if it TakesFloats(), zero from k to k_padded()
+    int64_t row_bytes;     // row_bytes(), or any that FitsCache
     const int32_t* index;  // [count], row i is x[index[i]]; null = row i
     int64_t count;
   };
@@ -52,6 +62,7 @@ class PackedMatrix {
 
  private:
   const CpuGemm* kernel_;
+  GemmKernel gemm_;
   PackedWeights weights_;
   float table_[256];  // GemmArgs::table
 };
@@ -80,6 +91,9 @@ inline void RunTasks(const ExecutionContext& context, int64_t total,
   if (total == 1) return fn(0);
   if (total > 1) context.parallel_for(size_t(total), fn);
 }
+
+/// Values that are brought to float32 on the stack, on their way to a row.
+inline constexpr int64_t kPiece = 512;
 
 /// `data` plus so many bytes; null stays null.
 template <class Void>

@@ -1,13 +1,14 @@
 // QMoE on the CPU, the same way for one token and for thousands:
 //
 //   1. route every token; sort the routes (token, j) by expert into rows
-//   2. fc1: tasks of (expert, up to 48 of its rows, 128 columns), bias and activation at their end
+//   2. fc1: tasks of (expert, up to 96 of its rows, 128 columns), bias and activation at their end
 //   3. fc2: the same tasks, one result row a route
 //   4. add up each token's rows, times their factors, in the order of j
 //
 // Between fc1 and fc2 values stay float32: exacter than rounding to the activation type as the
-// stock ops do, and nothing is gained by rounding (unless they are quantised, see QuantizeHidden). No sum depends on the tasks, so neither does any
-// bit of the result. Long prompts go through in chunks, which bounds the workspace.
+// stock ops do, and nothing is gained by rounding (unless they are quantised, see QuantizeHidden, or
+// fc2's kernel takes less, see PackedMatrix::StoreRow). No sum depends on the tasks, so neither does
+// any bit of the result. Long prompts go through in chunks, which bounds the workspace.
 #include <algorithm>
 #include <numeric>
 
@@ -27,6 +28,8 @@ using cpu::PartStart;
 
 /// Routes (tokens * topk) of a chunk: enough rows an expert to amortise reading its weights.
 constexpr int64_t kChunkRoutes = 4096;
+// A task has whole blocks of activations that share a scale.
+static_assert(kTaskColumns / 2 % 32 == 0 && kMxBlock == 32 && cpu::kPiece % 32 == 0);
 /// Tokens that are routed, and columns that are combined, at a time.
 constexpr int64_t kRouteTokens = 8;
 constexpr int64_t kCombineColumns = 512;
@@ -38,7 +41,7 @@ struct RowBlock {
 
 /// The workspace of a chunk of T tokens, R = T * topk routes; a row is a route, sorted by expert.
 struct Scratch {
-  float* x;             // [T, ldx] input as float32
+  uint8_t* x;           // [T] rows for fc1: the input
   int32_t* expert_ids;  // [T, topk]
   float* factors;       // [T, topk]
   int32_t* row_of;      // [T, topk] row of each route
@@ -47,8 +50,8 @@ struct Scratch {
   int32_t* starts;      // [E] its first row
   int32_t* order;       // [E] experts, most rows first
   RowBlock* blocks;     // [R / kTaskRows + E]
-  float* expert_x;      // [R, ldx] x quantised for the row's expert, where experts differ
-  float* h;             // [R, ldh] activated fc1
+  uint8_t* expert_x;    // [R] rows for fc1, quantised for the row's expert, where experts differ
+  uint8_t* h;           // [R] rows for fc2: activated fc1
   float* y;             // [R, fc2 columns]
 };
 
@@ -93,7 +96,7 @@ class CpuQMoe : public QMoe {
 
   Scratch TakeScratch(Arena& arena, int64_t tokens) const {
     const int64_t routes = tokens * config_.topk, experts = config_.experts;
-    return {.x = arena.Take<float>(tokens * ldx_),
+    return {.x = arena.Take<uint8_t>(quantize_by_expert_ ? 0 : tokens * fc1_.row_bytes()),
             .expert_ids = arena.Take<int32_t>(routes),
             .factors = arena.Take<float>(routes),
             .row_of = arena.Take<int32_t>(routes),
@@ -102,8 +105,8 @@ class CpuQMoe : public QMoe {
             .starts = arena.Take<int32_t>(experts),
             .order = arena.Take<int32_t>(experts),
             .blocks = arena.Take<RowBlock>(routes / kTaskRows + experts),
-            .expert_x = arena.Take<float>(quantize_by_expert_ ? routes * ldx_ : 0),
-            .h = arena.Take<float>(routes * ldh_),
+            .expert_x = arena.Take<uint8_t>(quantize_by_expert_ ? routes * fc1_.row_bytes() : 0),
+            .h = arena.Take<uint8_t>(routes * fc2_.row_bytes()),
             .y = arena.Take<float>(routes * fc2_.columns())};
   }
 
@@ -132,22 +135,23 @@ class CpuQMoe : public QMoe {
     const int64_t blocks = SortByExpert(chunk.tokens, scratch);
     if (quantize_by_expert_)
       cpu::RunTasks(context, blocks,
-                    [&](size_t i) { QuantizeByExpert(scratch, scratch.blocks[i]); });
+                    [&](size_t i) { StoreByExpert(chunk, scratch, scratch.blocks[i]); });
     cpu::RunTasks(context, blocks * fc1_.tasks(), [&](size_t i) {
       Fc1(scratch, scratch.blocks[int64_t(i) / fc1_.tasks()], int64_t(i) % fc1_.tasks());
     });
     cpu::RunTasks(context, blocks * fc2_.tasks(), [&](size_t i) {
       const RowBlock& block = scratch.blocks[int64_t(i) / fc2_.tasks()];
       const int64_t task = int64_t(i) % fc2_.tasks();
-      fc2_.Multiply(block.expert, task,
-                    {scratch.h + block.first * ldh_, ldh_, nullptr, block.count},
-                    scratch.y + block.first * fc2_.columns() + task * kTaskColumns, fc2_.columns());
+      fc2_.Multiply(
+          block.expert, task,
+          {scratch.h + block.first * fc2_.row_bytes(), fc2_.row_bytes(), nullptr, block.count},
+          scratch.y + block.first * fc2_.columns() + task * kTaskColumns, fc2_.columns());
     });
     cpu::RunTasks(context, chunk.tokens,
                   [&](size_t token) { Combine(chunk, scratch, int64_t(token)); });
   }
 
-  /// Routes a token and brings its activations to float32 and padded.
+  /// Routes a token and stores its activations.
   void LoadToken(const MoeTensors& chunk, int64_t token, const Scratch& scratch) const {
     const CpuIsa& isa = fc1_.isa();
     const int64_t experts = config_.experts;
@@ -162,22 +166,28 @@ class CpuQMoe : public QMoe {
     cpu::RouteToken(config_, logits, chunk.router_weights ? weights : nullptr,
                     scratch.expert_ids + token * config_.topk,
                     scratch.factors + token * config_.topk);
-    float* const x = scratch.x + token * ldx_;
-    load_row(chunk.input, config_.dtype, config_.hidden_size, x);
-    std::fill(x + config_.hidden_size, x + fc1_.k_padded(), 0.0f);
-    if (!quantize_by_expert_)
-      QuantizeActivations(config_.activation_quant, ActivationScaleOf(config_.fc1_act_scales, 0),
-                          config_.hidden_size, x);
+    if (!quantize_by_expert_) StoreToken(chunk, token, 0, scratch.x + token * fc1_.row_bytes());
   }
 
-  void QuantizeByExpert(const Scratch& scratch, const RowBlock& block) const {
-    for (int64_t row = block.first; row < block.first + block.count; ++row) {
-      float* const x = scratch.expert_x + row * ldx_;
-      std::copy_n(scratch.x + scratch.token_of[row] * ldx_, fc1_.k_padded(), x);
+  /// A row of fc1 from a token, quantised with the expert's scale if activations are.
+  void StoreToken(const MoeTensors& chunk, int64_t token, int64_t expert, void* row) const {
+    float piece[cpu::kPiece];
+    for (int64_t first = 0; first < config_.hidden_size; first += cpu::kPiece) {
+      const int64_t count = std::min(cpu::kPiece, config_.hidden_size - first);
+      const int64_t at = token * config_.hidden_size + first;
+      fc1_.isa().to_float(cpu::Advance(chunk.input, at * int64_t(SizeOf(config_.dtype))),
+                          config_.dtype, count, piece);
       QuantizeActivations(config_.activation_quant,
-                          ActivationScaleOf(config_.fc1_act_scales, block.expert),
-                          config_.hidden_size, x);
+                          ActivationScaleOf(config_.fc1_act_scales, expert), count, piece);
+      fc1_.StoreRow(piece, first, count, row);
     }
+    fc1_.EndRow(config_.hidden_size, row);
+  }
+
+  void StoreByExpert(const MoeTensors& chunk, const Scratch& scratch, const RowBlock& block) const {
+    for (int64_t row = block.first; row < block.first + block.count; ++row)
+      StoreToken(chunk, scratch.token_of[row], block.expert,
+                 scratch.expert_x + row * fc1_.row_bytes());
   }
 
   /// Sorts the routes by expert, in the order of tokens within an expert, and cuts each expert's
@@ -216,23 +226,25 @@ class CpuQMoe : public QMoe {
     const int64_t column = task * kTaskColumns / per_value;
     const int64_t columns = std::min(kTaskColumns / per_value, config_.inter_size - column);
     float sums[kTaskRows * kTaskColumns];
-    PackedMatrix::Rows x{scratch.x, ldx_, scratch.token_of + block.first, block.count};
+    const int64_t row_bytes = fc1_.row_bytes();
+    PackedMatrix::Rows x{scratch.x, row_bytes, scratch.token_of + block.first, block.count};
     if (quantize_by_expert_)
-      x = {scratch.expert_x + block.first * ldx_, ldx_, nullptr, block.count};
+      x = {scratch.expert_x + block.first * row_bytes, row_bytes, nullptr, block.count};
     fc1_.Multiply(block.expert, task, x, sums, kTaskColumns);
     for (int64_t r = 0; r < block.count; ++r) {
-      float* const h = scratch.h + (block.first + r) * ldh_;
-      fc1_.isa().activate(config_.activation, sums + r * kTaskColumns, columns, h + column);
+      float h[kTaskColumns];
+      fc1_.isa().activate(config_.activation, sums + r * kTaskColumns, columns, h);
       if (config_.activation_quant != ActivationQuant::kNone)
-        QuantizeHidden(block.expert, columns, h + column);
-      if (task == fc1_.tasks() - 1) std::fill(h + config_.inter_size, h + fc2_.k_padded(), 0.0f);
+        QuantizeHidden(block.expert, columns, h);
+      uint8_t* const row = scratch.h + (block.first + r) * fc2_.row_bytes();
+      fc2_.StoreRow(h, column, columns, row);
+      if (task == fc1_.tasks() - 1) fc2_.EndRow(config_.inter_size, row);
     }
   }
 
   /// Some activated values, beginning with a block. Rounded to the activation type first: CUDA has
   /// them in that type, and both must quantise the same numbers.
   void QuantizeHidden(int64_t expert, int64_t count, float* h) const {
-    static_assert(kTaskColumns / 2 % kMxBlock == 0, "a task has whole blocks");
     alignas(float) uint8_t rounded[kTaskColumns * sizeof(float)];
     fc1_.isa().from_float(h, count, config_.dtype, rounded);
     fc1_.isa().to_float(rounded, config_.dtype, count, h);
@@ -256,7 +268,6 @@ class CpuQMoe : public QMoe {
 
   const MoeConfig config_;
   const PackedMatrix fc1_, fc2_;
-  const int64_t ldx_ = cpu::RowStride(fc1_.k_padded()), ldh_ = cpu::RowStride(fc2_.k_padded());
   const bool quantize_by_expert_;
 };
 

@@ -173,9 +173,11 @@ inline double Activated(const ActivationParams& p, double gate, double up) {
   }
   return 0;
 }
+
+/// Those that this processor has, each once.
 inline std::vector<const CpuIsa*> Isas() {
   std::vector<const CpuIsa*> isas;
-  for (const Kernel* kernel : CpuKernels(&GetFormat("int4")))
+  for (const Kernel* kernel : CpuKernels(&GetFormat("float32")))
     isas.push_back(static_cast<const CpuGemm*>(kernel->launch)->isa);
   return isas;
 }

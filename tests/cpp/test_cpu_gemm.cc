@@ -4,65 +4,11 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "ops/pack.h"
-#include "tests/cpp/cpu_testing.h"
+#include "tests/cpp/gemm_testing.h"
 
 using namespace qmoe_plugin;
 
 namespace {
-
-// Formats that nobody registers but that the kernels must take: the table paths of each width.
-struct two_bits : formats::FormatBase<two_bits, 2> {
-  static constexpr char kName[] = "test_2bit";
-  static constexpr float kDefaultZeroPoint = 2;
-  static constexpr bool kZeroPoints = true;
-  static float Decode(uint32_t code) { return float(code); }
-};
-struct four_bit_table : formats::FormatBase<four_bit_table, 4> {
-  static constexpr char kName[] = "test_4bit";
-  static constexpr float kDefaultZeroPoint = 0;
-  static constexpr bool kZeroPoints = false;
-  static float Decode(uint32_t code) { return (code & 8 ? -1.0f : 1.0f) * float(1 << (code & 7)); }
-};
-struct eight_bit_table : formats::FormatBase<eight_bit_table, 8> {
-  static constexpr char kName[] = "test_8bit";
-  static constexpr float kDefaultZeroPoint = 0;
-  static constexpr bool kZeroPoints = false;
-  static float Decode(uint32_t code) { return (float(code) - 100.5f) * float(code % 7); }
-};
-struct four_bit_codebook : formats::FormatBase<four_bit_codebook, 4> {
-  static constexpr char kName[] = "test_book";
-  static constexpr float kDefaultZeroPoint = 0;
-  static constexpr bool kZeroPoints = false;
-  static constexpr bool kCodebook = true;
-  static float Decode(uint32_t) { return 0; }
-};
-const bool formats_registered = RegisterFormat(DescribeFormat<two_bits>()) &&
-                                RegisterFormat(DescribeFormat<four_bit_table>()) &&
-                                RegisterFormat(DescribeFormat<four_bit_codebook>()) &&
-                                RegisterFormat(DescribeFormat<eight_bit_table>());
-
-GemmArgs ArgsOf(const PackedWeights& w, const CpuGemm& gemm, int64_t expert, float* table) {
-  const int64_t tile = expert * w.shape.row_tiles;
-  const int64_t scales =
-      tile * std::max<int64_t>(w.shape.groups, 1) * 16 * int64_t(SizeOf(w.scale_dtype()));
-  const auto at = [scales](const void* p) { return p ? (const uint8_t*)p + scales : nullptr; };
-  GemmArgs args{};
-  args.codes = w.codes() + tile * w.shape.tile_bytes;
-  args.block_scales = at(w.block_scales());
-  args.zero_offsets = at(w.zero_offsets());
-  args.row_scales = w.row_scales() + tile * 16;
-  args.bias = w.bias() ? w.bias() + tile * 16 : nullptr;
-  args.half_scales = w.scale_dtype() == DType::kFloat16;
-  args.panels = w.shape.row_tiles;
-  args.k_padded = w.shape.k_padded;
-  args.block_size = w.header.block_size;
-  for (int i = 0; i < 256; ++i)
-    table[i] = w.codebook() ? w.codebook()[i % (1 << GetFormat(w.header.FormatName()).bits)]
-                            : gemm.table[i];
-  args.table = table;
-  return args;
-}
 
 /// Every kernel of the shape's format, for row counts up to 30.
 void TestKernels(const Shape& shape) {
@@ -75,23 +21,22 @@ void TestKernels(const Shape& shape) {
   std::vector<float> x(rows * kp);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < shape.k; ++k) x[r * kp + k] = Gauss();
-  std::vector<int32_t> index(rows, 0);
-  for (int32_t& i : index) i = int32_t(rng() % unsigned(rows));
 
   const int64_t expert = shape.experts - 1;
   std::vector<float> simd;  // all rows at once by the first SIMD kernel
   for (const Kernel* kernel : CpuKernels(shape.format)) {
+    if (RoundsActivations(*kernel)) continue;  // test_cpu_levels.cc
     const CpuGemm& gemm = *static_cast<const CpuGemm*>(kernel->launch);
     const std::string what = kernel->name + ": " + shape.Describe();
     float table[256];
     GemmArgs args = ArgsOf(packed, gemm, expert, table);
-    std::vector<float> all(rows * columns), part(rows * columns);
+    std::vector<float> all(rows * columns);
     args.x = x.data();
-    args.ldx = kp;
+    args.row_bytes = kp * 4;
     args.ldy = columns;
     args.rows = rows;
     args.y = all.data();
-    gemm.gemm(args);
+    gemm.blocks32.gemm(args);
     double worst = 0;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t n = 0; n < shape.n; ++n) {
@@ -102,20 +47,7 @@ void TestKernels(const Shape& shape) {
       }
     }
     EXPECT(worst < 1e-6, what, ": error ", worst, " of the sum of magnitudes");
-    // The same rows in smaller batches, and picked by an index.
-    for (int64_t m = 1; m <= 14; ++m) {
-      args.rows = m;
-      args.y = part.data();
-      args.row_index = nullptr;
-      gemm.gemm(args);
-      EXPECT(std::memcmp(part.data(), all.data(), (m * columns) * 4) == 0, what, ": ", m,
-             " rows give other bits than ", rows);
-      args.row_index = index.data();
-      gemm.gemm(args);
-      for (int64_t r = 0; r < m; ++r)
-        EXPECT(std::memcmp(&part[r * columns], &all[index[r] * columns], columns * 4) == 0, what,
-               ": wrong row by index");
-    }
+    ExpectSameRows(args, gemm.blocks32, all, what);
     if (gemm.isa == &kCpuReference) continue;
     if (simd.empty()) simd = all;
     EXPECT(std::memcmp(simd.data(), all.data(), all.size() * 4) == 0, what,

@@ -74,6 +74,14 @@ def quick_cases(format_name: str) -> list[Case]:
                 MatMulNBitsCase(**common, block_size=0, m=40, n=17, k=93, bias=False),
             ]
         zero_points = "packed" if fmt.zero_points else "none"
+        for level in (3, 4):
+            rounding = {**common, "accuracy_level": level}
+            cases += [
+                QMoECase(**rounding, tokens=6, hidden=96, inter=160, zero_points=fmt.zero_points),
+                QMoECase(**rounding, tokens=1, hidden=64, inter=48, block_size=16),
+                MatMulNBitsCase(**rounding, m=13, n=72, k=200, zero_points=zero_points),
+                MatMulNBitsCase(**rounding, m=3, n=80, k=256, block_size=128, bias=False),
+            ]
         cases += [
             MatMulNBitsCase(**common, m=1, n=40, k=288),
             MatMulNBitsCase(**common, m=2, n=17, k=93, zero_points=zero_points),

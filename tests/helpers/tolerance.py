@@ -18,9 +18,13 @@ at about five sigma, over some 10^7 elements:
     bfloat16  1e-2     u = 3.9e-3, likewise
 
 The CPU kernels, which round the result only, stay below 0.4 of this. onnxruntime's own tests allow
-0.1 on results of about unit size in all three types: at least four times as much. accuracy_level 4
-allows int8 activations, one scale a block: half a step of 1/127 of the block's largest element
-(about 3 sigma), so 1 % of the terms.
+0.1 on results of about unit size in all three types: at least four times as much.
+
+accuracy_level 3 allows activations and weights in bfloat16: u = 3.9e-3, a mean error of u / sqrt 3
+of each term. 4 allows int8 activations with a scale for 32 of them: half a step of 1/127 of the
+largest one, which is 2 to 3 sigma, so at most 1 % of a term and 0.5 % on average. Both add up like
+a random walk, and fc2 adds its own to fc1's. Outlier channels make int8's steps larger for their
+neighbours: see `tests/ops/test_accuracy_levels.py`.
 
 wfp4afp8 quantises what goes into fc2, to steps of up to 1/8: where two right results of fc1, which
 differ by rounding, lie on both sides of the middle between two e4m3 numbers, or of a power of two

@@ -97,8 +97,8 @@ def test_every_kernel(kernel: Kernel | None, library: str, request: pytest.Fixtu
 
 
 def isa_of(kernel: Kernel) -> str:
-    """The instruction set in the kernel's name: gemm_avx2.int4."""
-    found = re.fullmatch(r"\w+?_(\w+)\.\w+", kernel.name)
+    """The instruction set in the kernel's name: avx2 of gemm_avx2.int4 and gemm_avx2_int8.int4."""
+    found = re.fullmatch(r"[a-z]+_([a-z0-9]+)(_\w+)?\.\w+", kernel.name)
     assert found, f"{kernel.name} does not end in an instruction set"
     return found[1]
 

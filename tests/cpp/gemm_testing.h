@@ -1,0 +1,93 @@
+// What the C++ tests of the CPU's GEMMs share: formats of all kinds, and how a kernel is called.
+#pragma once
+
+#include <cstring>
+
+#include "ops/pack.h"
+#include "tests/cpp/cpu_testing.h"
+
+namespace qmoe_plugin {
+
+// Formats that nobody registers but that the kernels must take: the table paths of each width.
+struct two_bits : formats::FormatBase<two_bits, 2> {
+  static constexpr char kName[] = "test_2bit";
+  static constexpr float kDefaultZeroPoint = 2;
+  static constexpr bool kZeroPoints = true;
+  static float Decode(uint32_t code) { return float(code); }
+};
+struct four_bit_table : formats::FormatBase<four_bit_table, 4> {
+  static constexpr char kName[] = "test_4bit";
+  static constexpr float kDefaultZeroPoint = 0;
+  static constexpr bool kZeroPoints = false;
+  static float Decode(uint32_t code) { return (code & 8 ? -1.0f : 1.0f) * float(1 << (code & 7)); }
+};
+struct eight_bit_table : formats::FormatBase<eight_bit_table, 8> {
+  static constexpr char kName[] = "test_8bit";
+  static constexpr float kDefaultZeroPoint = 0;
+  static constexpr bool kZeroPoints = false;
+  static float Decode(uint32_t code) { return (float(code) - 100.5f) * float(code % 7); }
+};
+struct four_bit_codebook : formats::FormatBase<four_bit_codebook, 4> {
+  static constexpr char kName[] = "test_book";
+  static constexpr float kDefaultZeroPoint = 0;
+  static constexpr bool kZeroPoints = false;
+  static constexpr bool kCodebook = true;
+  static float Decode(uint32_t) { return 0; }
+};
+inline const bool formats_registered = RegisterFormat(DescribeFormat<two_bits>()) &&
+                                       RegisterFormat(DescribeFormat<four_bit_table>()) &&
+                                       RegisterFormat(DescribeFormat<four_bit_codebook>()) &&
+                                       RegisterFormat(DescribeFormat<eight_bit_table>());
+
+/// All of the expert's panels; `table` has 256 elements and must live as long.
+inline GemmArgs ArgsOf(const PackedWeights& w, const CpuGemm& gemm, int64_t expert, float* table) {
+  const int64_t tile = expert * w.shape.row_tiles;
+  const int64_t scales =
+      tile * std::max<int64_t>(w.shape.groups, 1) * 16 * int64_t(SizeOf(w.scale_dtype()));
+  const auto at = [scales](const void* p) { return p ? (const uint8_t*)p + scales : nullptr; };
+  GemmArgs args{};
+  args.codes = w.codes() + tile * w.shape.tile_bytes;
+  args.block_scales = at(w.block_scales());
+  args.zero_offsets = at(w.zero_offsets());
+  args.row_scales = w.row_scales() + tile * 16;
+  args.bias = w.bias() ? w.bias() + tile * 16 : nullptr;
+  args.half_scales = w.scale_dtype() == DType::kFloat16;
+  args.panels = w.shape.row_tiles;
+  args.k_padded = w.shape.k_padded;
+  args.block_size = w.header.block_size;
+  for (int i = 0; i < 256; ++i)
+    table[i] = w.codebook() ? w.codebook()[i % (1 << GetFormat(w.header.FormatName()).bits)]
+                            : gemm.table[i];
+  args.table = table;
+  return args;
+}
+
+/// Whether the kernel is for accuracy_level 3 or 4.
+inline bool RoundsActivations(const Kernel& kernel) {
+  return static_cast<const CpuGemm*>(kernel.launch)->blocks32.store != nullptr;
+}
+
+/// `all` are the results of args: the same rows in smaller batches, and picked by an index, must
+/// have the same bits.
+inline void ExpectSameRows(GemmArgs args, const GemmKernel& gemm, const std::vector<float>& all,
+                           const std::string& what) {
+  const int64_t rows = args.rows, columns = args.ldy;
+  std::vector<int32_t> index(rows);
+  for (int32_t& i : index) i = int32_t(rng() % unsigned(rows));
+  std::vector<float> part(all.size());
+  for (int64_t m = 1; m <= std::min<int64_t>(rows, 14); ++m) {
+    args.rows = m;
+    args.y = part.data();
+    args.row_index = nullptr;
+    gemm.gemm(args);
+    EXPECT(std::memcmp(part.data(), all.data(), (m * columns) * 4) == 0, what, ": ", m,
+           " rows give other bits than ", rows);
+    args.row_index = index.data();
+    gemm.gemm(args);
+    for (int64_t r = 0; r < m; ++r)
+      EXPECT(std::memcmp(&part[r * columns], &all[index[r] * columns], columns * 4) == 0, what,
+             ": wrong row by index");
+  }
+}
+
+}  // namespace qmoe_plugin
