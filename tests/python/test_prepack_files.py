@@ -104,7 +104,7 @@ def test_external_tensors_that_share_their_bytes_still_do(tmp_path):
 
 
 def test_data_behind_links(tmp_path):
-    """As in model caches (symbolic links), and as retarget makes them (hard links)."""
+    """As in model caches (symbolic links), and hard links."""
     path = save_external(stock_model(), tmp_path)
     data = path.with_name("model.onnx.data")
     (tmp_path / "cache").mkdir()

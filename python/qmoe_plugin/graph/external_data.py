@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import shutil
 from collections.abc import Iterable
@@ -16,6 +17,9 @@ import onnx_ir as ir
 from qmoe_plugin.graph.walk import external_tensors
 
 _PAGE = 4096
+_FICLONE = 0x40049409
+"""Linux: the number of the ioctl that clones a file."""
+
 _PIECE = 1 << 26
 """Bytes of a tensor that are copied at a time."""
 
@@ -215,9 +219,9 @@ class DataFile:
 def provide_external_data(model: ir.Model, source: Path, destination: Path) -> None:
     """Makes the external data of a model in folder `source` available to its copy in `destination`.
 
-    In the same folder there is nothing to do. In another, files are hard-linked, which costs no
-    space, or copied where the file system cannot link. A linked file is one file with two names:
-    writing to it in place changes it for both models.
+    In the same folder there is nothing to do. In another, files are copied; where the file system
+    can, copies share their blocks until one is changed, which costs no space. (onnx refuses data
+    with more than one hard link.)
 
     Args:
         model: The model; its tensors' base folder is not looked at.
@@ -259,10 +263,31 @@ def _provide(source: Path, destination: Path) -> None:
             "to another folder"
         )
     destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(destination.name + ".partial")
     try:
-        destination.hardlink_to(source)
+        _copy(source, partial)
+        partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _copy(source: Path, destination: Path) -> None:
+    """Copies content and times, sharing blocks where the file system can."""
+    try:
+        with source.open("rb") as old, destination.open("wb") as new:
+            _share_blocks(old.fileno(), new.fileno())
     except OSError:
-        shutil.copy2(source, destination)
+        shutil.copyfile(source, destination)
+    shutil.copystat(source, destination)
+
+
+def _share_blocks(source: int, destination: int) -> None:
+    """Makes one file a clone of the other; OSError where that is impossible."""
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOTSUP, "this system cannot clone files") from None
+    fcntl.ioctl(destination, _FICLONE, source)
 
 
 def _same_copy(a: Path, b: Path) -> bool:

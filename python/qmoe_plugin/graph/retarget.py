@@ -53,8 +53,8 @@ def retarget(
         model: An onnx_ir.Model or onnx.ModelProto, which is changed in place; or the path of a
             model, with `output` saying where to write the new one.
         output: Path of the new model; may be the path of the old one. Files with external data are
-            not rewritten: in the same folder both models share them, in another folder they are
-            hard-linked, or copied where the file system cannot link.
+            not rewritten: in the same folder both models share them, to another folder they are
+            copied.
         sm: Compute capability that the model will run on (90 = Hopper), 0 for the CPU; None for
             what this machine has.
 
