@@ -1,5 +1,7 @@
 """The cases of onnxruntime's own tests, a quarter of its tolerances, against the float64 oracle.
 
+(Half of them at accuracy_level 4 on the CPU, which allows int8 activations.)
+
 The shapes, widths, block sizes and options are those of its test_qmoe_*.py, test_moe_cuda.py and
 matmul_{2,4,8}bits_test.cc, those for which another build is needed included. Its tolerances are
 absolute, for results of about unit size: they are applied to the error over the rms of the result,
@@ -30,6 +32,8 @@ pytestmark = pytest.mark.usefixtures("library")
 Q, M, X = QMoECase, MatMulNBitsCase, MoECase
 HALF_TYPES = ("float16", "bfloat16")
 TIGHTER = 4
+# Of level 4 on the CPU, where activations become int8 here and there: few terms err most.
+TIGHTER_INT8 = 2
 
 
 @dataclass(frozen=True)
@@ -283,11 +287,16 @@ def test_case(group: Group, case: Case, device: str) -> None:
     error = np.abs(result.astype(np.float64) - expected)
     error -= UNIT_ROUNDOFF[case.dtype] * np.abs(expected)
     allowed = group.atol[case.dtype] * np.sqrt((expected**2).mean())
-    assert error.max() <= allowed / TIGHTER
+    assert error.max() <= allowed / (TIGHTER_INT8 if rounds_to_int8(case, device) else TIGHTER)
     if device == "cpu" and stock_means_the_same(case):
         model = case.model(tensors, STOCK_DOMAIN)
         stock = run(open_session(model, register=False), feeds_of(tensors))
         assert np.abs(stock.astype(np.float64) - result).max() <= allowed
+
+
+def rounds_to_int8(case: Case, device: str) -> bool:
+    """Whether activations may be rounded as onnxruntime rounds them, with errors like its own."""
+    return device == "cpu" and case.accuracy_level == 4
 
 
 def stock_means_the_same(case: Case) -> bool:
