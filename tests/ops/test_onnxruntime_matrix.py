@@ -1,6 +1,6 @@
 """The cases of onnxruntime's own tests, a quarter of its tolerances, against the float64 oracle.
 
-(Half of them at accuracy_level 4 on the CPU, which allows int8 activations.)
+(Half of them at accuracy_level 4 on the CPU, which allows int8 activations; a quarter at level 0.)
 
 The shapes, widths, block sizes and options are those of its test_qmoe_*.py, test_moe_cuda.py and
 matmul_{2,4,8}bits_test.cc, those for which another build is needed included. Its tolerances are
@@ -15,12 +15,13 @@ among these, weights that vary from run to run (we refuse them), row tiles, stat
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from helpers.cases import GATED, Case, MatMulNBitsCase, QMoECase, feeds_of
+from helpers.cases import GATED, Case, MatMulNBitsCase, QMoECase, Tensors, feeds_of
 from helpers.dtypes import UNIT_ROUNDOFF
 from helpers.models import STOCK_DOMAIN
 from helpers.moe_cases import MoECase
@@ -283,15 +284,23 @@ def test_case(group: Group, case: Case, device: str) -> None:
     check(case, tensors, result)
     if not result.size:
         return
-    expected = case.expected(tensors)
-    error = np.abs(result.astype(np.float64) - expected)
-    error -= UNIT_ROUNDOFF[case.dtype] * np.abs(expected)
-    allowed = group.atol[case.dtype] * np.sqrt((expected**2).mean())
-    assert error.max() <= allowed / (TIGHTER_INT8 if rounds_to_int8(case, device) else TIGHTER)
+    allowed = group.atol[case.dtype] * np.sqrt((case.expected(tensors) ** 2).mean())
+    tighter = TIGHTER_INT8 if rounds_to_int8(case, device) else TIGHTER
+    assert error_of(case, tensors, result) <= allowed / tighter
+    if tighter != TIGHTER:
+        exact = dataclasses.replace(case, accuracy_level=0)
+        assert error_of(exact, *run_case(exact, device)) <= allowed / TIGHTER
     if device == "cpu" and stock_means_the_same(case):
         model = case.model(tensors, STOCK_DOMAIN)
         stock = run(open_session(model, register=False), feeds_of(tensors))
         assert np.abs(stock.astype(np.float64) - result).max() <= allowed
+
+
+def error_of(case: Case, tensors: Tensors, result: np.ndarray) -> float:
+    """The largest error, beside the one rounding of the result to its type."""
+    expected = case.expected(tensors)
+    error = np.abs(result.astype(np.float64) - expected)
+    return float((error - UNIT_ROUNDOFF[case.dtype] * np.abs(expected)).max())
 
 
 def rounds_to_int8(case: Case, device: str) -> bool:
