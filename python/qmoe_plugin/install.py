@@ -32,6 +32,7 @@ from qmoe_plugin.graph.apply import apply, load, serialize, write
 from qmoe_plugin.graph.retarget import Retarget
 from qmoe_plugin.library import LIBRARY_NAME, get_library_path
 from qmoe_plugin.report import RetargetReport
+from qmoe_plugin.whole_file import whole_file
 
 MANIFEST = "qmoe_plugin.install.json"
 """What `install` did to a folder, for `uninstall`."""
@@ -349,9 +350,5 @@ def _has_library(folder: Path, former: tuple[str, ...]) -> bool:
 
 def _copy(source: Path, destination: Path) -> None:
     """Copies a file in one step: a process that has the old one loaded keeps it."""
-    partial = destination.with_name(f"{destination.name}.partial")
-    try:
+    with whole_file(destination) as partial:
         shutil.copy2(source, partial)
-        partial.replace(destination)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from qmoe_plugin.graph.external_data import DataFile, provide_external_data
 from qmoe_plugin.graph.walk import copy_domains
 from qmoe_plugin.report import RetargetReport
+from qmoe_plugin.whole_file import whole_file
 
 if TYPE_CHECKING:
     from qmoe_plugin.graph.retarget import ChangeDomain
@@ -103,12 +104,8 @@ def write(content: bytes, path: Path, data: DataFile | None = None) -> None:
         path: Where to write it.
         data: A new file with its external data. An older model is never seen together with it.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_bytes(content)
         if data is not None:
             path.unlink(missing_ok=True)
             data.commit()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

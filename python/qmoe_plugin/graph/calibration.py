@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qmoe_plugin.whole_file import whole_file
+
 Array = npt.NDArray[Any]
 
 _NAMES, _VERSION = "names", "qmoe_plugin_calibration"
@@ -63,13 +65,8 @@ class Calibration:
         }
         arrays[_NAMES] = np.array(list(self._importance), dtype=np.str_)
         arrays[_VERSION] = np.array(1)
-        partial = Path(path).with_name(f"{Path(path).name}.partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, **arrays)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(Path(path)) as partial, partial.open("wb") as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qmoe_plugin.graph.walk import external_tensors
+from qmoe_plugin.whole_file import whole_file
 
 _PAGE = 4096
 _FICLONE = 0x40049409
@@ -263,12 +264,8 @@ def _provide(source: Path, destination: Path) -> None:
             "to another folder"
         )
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = destination.with_name(destination.name + ".partial")
-    try:
+    with whole_file(destination) as partial:
         _copy(source, partial)
-        partial.replace(destination)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _copy(source: Path, destination: Path) -> None:
