@@ -18,6 +18,7 @@ from pathlib import Path
 import qmoe_plugin
 from qmoe_plugin import doctor
 from qmoe_plugin.commands import add_commands
+from qmoe_plugin.commands.output import show
 from qmoe_plugin.graph.inspect import explain_model
 from qmoe_plugin.graph.quantize_rules import parse_rule
 from qmoe_plugin.graph.quantize_weights import SEARCHES
@@ -160,11 +161,10 @@ def _retarget(options: argparse.Namespace) -> int:
         report = qmoe_plugin.unretarget(options.input, options.output)
     else:
         report = qmoe_plugin.retarget(options.input, options.output, sm=options.sm)
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
-    if not report.moved:
-        print("qmoe_plugin: no node was moved", file=sys.stderr)
-        return 1
-    return int(options.strict and bool(report.kept))
+    failed = show(
+        report, as_json=options.json, done=bool(report.moved), nothing="no node was moved"
+    )
+    return int(failed or (options.strict and bool(report.kept)))
 
 
 def _quantize(options: argparse.Namespace) -> int:
@@ -181,20 +181,16 @@ def _quantize(options: argparse.Namespace) -> int:
             dry_run=options.dry_run,
             progress=bar,
         )
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
-    if not report.quantized:
-        print("qmoe_plugin: no node was quantised", file=sys.stderr)
-        return 1
-    return 0
+    done = bool(report.quantized)
+    return show(report, as_json=options.json, done=done, nothing="no node was quantised")
 
 
 def _prepack(options: argparse.Namespace) -> int:
     report = qmoe_plugin.prepack(options.input, options.output, sm=options.sm)
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
-    if not report.packed:
-        print("qmoe_plugin: no node was packed", file=sys.stderr)
-        return 1
-    return int(options.strict and bool(report.kept))
+    failed = show(
+        report, as_json=options.json, done=bool(report.packed), nothing="no node was packed"
+    )
+    return int(failed or (options.strict and bool(report.kept)))
 
 
 def _explain(options: argparse.Namespace) -> int:

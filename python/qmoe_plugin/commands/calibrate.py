@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qmoe_plugin
+from qmoe_plugin.commands.output import show
 from qmoe_plugin.progress import Bar
 
 if TYPE_CHECKING:
@@ -50,8 +49,5 @@ def _run(options: argparse.Namespace) -> int:
             seed=options.seed,
             progress=bar,
         )
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
-    if not report.collected:
-        print("qmoe_plugin: there is nothing to calibrate", file=sys.stderr)
-        return 1
-    return 0
+    done = bool(report.collected)
+    return show(report, as_json=options.json, done=done, nothing="there is nothing to calibrate")
