@@ -113,6 +113,12 @@ constexpr int64_t MaxRowTiles(int64_t rows, int64_t experts, int tile_rows) {
   return (rows + used * (tile_rows - 1)) / tile_rows;
 }
 
+/// Rows of x that an expert gets on average, of those that can have any.
+constexpr int64_t RowsPerExpert(const GemmProblem& p) {
+  const int64_t used = p.rows < p.experts ? p.rows : p.experts;
+  return used > 0 ? p.rows / used : 0;
+}
+
 /// Most shared memory of a block, bytes.
 constexpr int SharedLimit(int sm) {
   return (sm == 80 || sm == 87 ? 163 : sm >= 90 && sm < 120 ? 227 : 99) << 10;

@@ -325,8 +325,7 @@ struct Gemm {
   /// Rows an expert gets on average if routing is even; tiles are larger, so that most experts need
   /// one.
   static int TileRows(const GemmProblem& p) {
-    const int64_t used = std::min(p.rows, p.experts);
-    const int64_t per_expert = used ? p.rows / used : 0;
+    const int64_t per_expert = RowsPerExpert(p);
     if (p.experts == 1) return per_expert <= 16 ? 16 : per_expert <= 32 ? 32 : 64;
     return per_expert <= 10 ? 16 : per_expert <= 24 ? 32 : 64;
   }

@@ -284,11 +284,6 @@ struct Gemm {
       "from 9 rows an expert on; without experts 60 blocks of 128 x 128; k a multiple of 8";
   static std::vector<DType> DTypes() { return {DType::kFloat16, DType::kBFloat16}; }
 
-  static int64_t RowsPerExpert(const GemmProblem& p) {
-    const int64_t used = std::min(p.rows, p.experts);
-    return used ? p.rows / used : 0;
-  }
-
   static std::string Refuse(const GemmProblem& p) {
     if (p.k % 8 != 0) return Concat("k is ", p.k, "; it takes multiples of 8");
     if (const int64_t rows = RowsPerExpert(p); rows < kMinRows)
