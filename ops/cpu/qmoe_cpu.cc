@@ -56,6 +56,8 @@ struct Scratch {
 };
 
 GemmProblem Problem(const MoeConfig& config, const PackSource& source, GemmStage stage) {
+  // A format that defines the rounding of its activations leaves none to accuracy_level.
+  const bool defined = config.activation_quant != ActivationQuant::kNone;
   return {.stage = stage,
           .dtype = config.dtype,
           .format = &source.format(),
@@ -65,7 +67,7 @@ GemmProblem Problem(const MoeConfig& config, const PackSource& source, GemmStage
           .block_size = source.block_size(),
           .zero_points = source.has_zero_points(),
           .activation = stage == GemmStage::kFc1 ? config.activation.type : Activation::kIdentity,
-          .accuracy_level = config.accuracy_level};
+          .accuracy_level = defined ? AccuracyLevel{0} : config.accuracy_level};
 }
 
 class CpuQMoe : public QMoe {

@@ -75,6 +75,18 @@ def test_levels_0_to_2_are_the_same_bits(case: Case, library: str) -> None:
     assert len(set(results)) == 1
 
 
+@pytest.mark.parametrize("fc2_format", ["mxfp4", "codebook4"])
+@pytest.mark.parametrize("level", [3, 4])
+def test_wfp4afp8_says_itself_what_is_rounded(fc2_format: str, level: int, library: str) -> None:
+    case = QMoECase("mxfp4", hidden=256, fc2_format=fc2_format, quant_type="wfp4afp8")
+    tensors = case.tensors()
+    exact, rounded = (
+        bits_of(run(open_session(at(case, n).model(tensors)), feeds_of(tensors)))
+        for n in (0, level)
+    )
+    assert exact == rounded
+
+
 @on_each_case
 @pytest.mark.parametrize("level", [3, 4])
 def test_a_level_says_what_it_costs(case: Case, level: int, library: str) -> None:

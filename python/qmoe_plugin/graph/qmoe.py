@@ -186,13 +186,16 @@ def _describe_packed(node: ir.Node, plans: dict[str, ScalePlan], activation: str
 def _problem(node: ir.Node, experts: int, dtype: str) -> Callable[..., Problem]:
     """Makes a problem of what its matrix is and of what all matrices of the node share."""
     topk = routed_experts(node, experts)
+    # A format that defines the rounding of its activations leaves none to accuracy_level.
+    defined = string(node, "quant_type", "int") == "wfp4afp8"
+    level = accuracy_level(node)
     return functools.partial(
         Problem,
         rows=topk,
         topk=topk,
         dtype=dtype,
         experts=experts,
-        accuracy_level=accuracy_level(node),
+        accuracy_level=0 if defined else level,
     )
 
 
