@@ -23,8 +23,9 @@ The CPU kernels, which round the result only, stay below 0.4 of this. onnxruntim
 accuracy_level 3 allows activations and weights in bfloat16: u = 3.9e-3, a mean error of u / sqrt 3
 of each term. 4 allows int8 activations with a scale for 32 of them: half a step of 1/127 of the
 largest one, which is 2 to 3 sigma, so at most 1 % of a term and 0.5 % on average. Both add up like
-a random walk, and fc2 adds its own to fc1's. Outlier channels make int8's steps larger for their
-neighbours: see `tests/ops/test_accuracy_levels.py`.
+a random walk, and fc2 adds its own to fc1's. For int8 the errors of x are followed through fc1, the
+activation and fc2 of all experts: weights with a common sign or mean add them up. Outlier channels
+make int8's steps larger for their neighbours: see `tests/ops/test_accuracy_levels.py`.
 
 wfp4afp8 quantises what goes into fc2, to steps of up to 1/8: where two right results of fc1, which
 differ by rounding, lie on both sides of the middle between two e4m3 numbers, or of a power of two
@@ -137,6 +138,8 @@ def qmoe_error_scale(
         return inputs @ matrix.T + (0.0 if bias is None else bias), _walk(errors, matrix, bias)
 
     result, squares, flips, rounding = (np.zeros(x.shape) for _ in range(4))
+    # What an error of each input does to each output, [T, H, H]: all experts see the same errors.
+    through = np.zeros((len(x) if int8 else 0, x.shape[-1], x.shape[-1]))
     for expert in np.unique(expert_ids):
         rows, slots = np.nonzero(expert_ids == expert)
         inputs = reference.quantize_activations(
@@ -149,17 +152,14 @@ def qmoe_error_scale(
         hidden, hidden_error = _through_activation(attrs, fc1, fc1_error, fc3, fc3_error)
         factor = factors[rows, slots, None]
         if int8:
-            rounded = {
-                name: _walk(
-                    _int8_rounding(inputs), weights(name, inputs.shape[-1], expert)[0], None
-                )
-                for name in ("fc1", "fc3")
-                if name in parts
-            }
-            off = _through_activation(attrs, fc1, rounded["fc1"], fc3, rounded.get("fc3"))[1]
-            off = np.hypot(off, _int8_rounding(hidden))
             fc2 = weights("fc2", hidden.shape[-1], expert)[0]
-            rounding[rows] += (factor * _walk(off, fc2, None)) ** 2
+            rounding[rows] += (factor * _walk(_int8_rounding(hidden), fc2, None)) ** 2
+            first = [
+                weights(name, x.shape[-1], expert)[0] for name in ("fc1", "fc3") if name in parts
+            ]
+            slopes = _slopes(attrs, first, inputs, fc1, fc3)
+            for row, scale, slope in zip(rows, factor, slopes, strict=True):
+                through[row] += scale * (fc2 @ slope)
         if attrs["quant_type"] == "wfp4afp8":
             act_scale = tensors.get("fc2_act_scale")
             steps, hidden = _flips(attrs, hidden, hidden_error, act_scale, expert, x.dtype)
@@ -170,9 +170,43 @@ def qmoe_error_scale(
         y, y_error = linear("fc2", hidden, np.abs(hidden) + hidden_error, expert)
         result[rows] += factor * y
         squares[rows] += factor**2 * (y_error**2 + y**2)
+    if int8:
+        rounding += np.einsum("thk,tk->th", through**2, _int8_rounding(x.astype(np.float64)) ** 2)
     shape = tensors["input"].shape
     scale = np.abs(result) + np.sqrt(squares)
     return tuple(part.reshape(shape) for part in (scale, np.sqrt(flips), np.sqrt(rounding)))
+
+
+def _slopes(
+    attrs: dict,
+    matrices: list[np.ndarray],
+    inputs: np.ndarray,
+    fc1: np.ndarray,
+    fc3: np.ndarray | None,
+) -> np.ndarray:
+    """How much the activated values change with the inputs, [R, I, K].
+
+    The activation's part is the steeper of the secants to both ends of what int8 makes of its
+    arguments: near a kink, the slope itself would say too little.
+    """
+    arguments = [fc1] if fc3 is None else [fc1, fc3]
+    value = _activated(attrs, *arguments)
+    slopes = np.zeros((*value.shape, inputs.shape[-1]))
+    for which, matrix in enumerate(matrices):
+        end = _walk(_int8_rounding(inputs), matrix, None)
+        parts = [np.arange(len(matrix))]  # its rows: an activated value has one in each part
+        if len(matrix) == 2 * value.shape[-1]:
+            parts = list(reference.split_gate_up(parts[0], None, attrs["swiglu_fusion"]))
+        for rows in parts:
+            steepest = np.zeros_like(value)
+            for sign in (1, -1):
+                moved = [argument.copy() for argument in arguments]
+                moved[which][:, rows] += sign * end[:, rows]
+                distance = sign * np.where(end[:, rows] > 0, end[:, rows], 1.0)
+                secant = (_activated(attrs, *moved) - value) / distance
+                steepest = np.where(np.abs(secant) > np.abs(steepest), secant, steepest)
+            slopes += steepest[..., None] * matrix[rows]
+    return slopes
 
 
 def _flips(
@@ -192,6 +226,18 @@ def _flips(
     return np.ptp(quantized, axis=0), quantized[1]
 
 
+def _activated(attrs: dict, fc1: np.ndarray, fc3: np.ndarray | None = None) -> np.ndarray:
+    return reference.activate(
+        fc1,
+        attrs["activation_type"],
+        fc3=fc3,
+        swiglu_fusion=attrs["swiglu_fusion"],
+        alpha=attrs["activation_alpha"],
+        beta=attrs["activation_beta"],
+        limit=attrs["swiglu_limit"],
+    )
+
+
 def _through_activation(
     attrs: dict,
     fc1: np.ndarray,
@@ -201,14 +247,8 @@ def _through_activation(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The activation, and errors times its slopes. None of our activations is steeper than 1.13."""
     slope = 1.13
-    options = {
-        "swiglu_fusion": attrs["swiglu_fusion"],
-        "alpha": attrs["activation_alpha"],
-        "beta": attrs["activation_beta"],
-        "limit": attrs["swiglu_limit"],
-    }
     activation = attrs["activation_type"]
-    value = reference.activate(fc1, activation, fc3=fc3, **options)
+    value = _activated(attrs, fc1, fc3)
     if activation not in reference.GATED_ACTIVATIONS and fc3 is None:
         return value, slope * fc1_error
     gate, up = reference.split_gate_up(fc1, fc3, attrs["swiglu_fusion"])
