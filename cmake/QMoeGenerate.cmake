@@ -48,15 +48,19 @@ static_assert(std::string_view(formats::${format}::kName) == \"${format}\",
   set(${out} ${sources} PARENT_SCOPE)
 endfunction()
 
-# One .cu a (kernel, format). A kernel is a header ops/gemm/gemv_*.cuh or ops/gemm/grouped_gemm_*.cuh.
+# One .cu a (kernel, format). A kernel is a header ops/gemm/gemv_*.cuh or ops/gemm/grouped_gemm_*.cuh. Further arguments
+# name formats: without any, all.
 function(qmoe_generate_cuda_kernels out)
-  file(GLOB kernels CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/ops/gemm/gemv_*.cuh
-       ${CMAKE_CURRENT_SOURCE_DIR}/ops/gemm/grouped_gemm_*.cuh)
+  file(GLOB kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/ops/gemm/gemv_*.cuh
+       ${PROJECT_SOURCE_DIR}/ops/gemm/grouped_gemm_*.cuh)
   set(sources "")
   foreach(kernel_header IN LISTS kernels)
     get_filename_component(kernel ${kernel_header} NAME_WE)
     foreach(header IN LISTS QMOE_PLUGIN_FORMAT_HEADERS)
       get_filename_component(format ${header} NAME_WE)
+      if(ARGN AND NOT format IN_LIST ARGN)
+        continue()
+      endif()
       set(path ${CMAKE_CURRENT_BINARY_DIR}/generated/${kernel}.${format}.cu)
       qmoe_write(${path} "#include \"ops/gemm/${kernel}.cuh\"
 #include \"${header}\"

@@ -111,6 +111,12 @@ __device__ inline void WaitForPrevious() {
 #endif
 }
 
+/// Waits for kThreads threads of the block at barrier 1 to 15; __syncthreads has barrier 0.
+template <int kThreads>
+__device__ void SyncPart(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 /// Brings a line of global memory into L2.
 __device__ inline void PrefetchL2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));

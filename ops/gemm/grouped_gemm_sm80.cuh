@@ -241,7 +241,7 @@ __device__ void SyncSlice(int slice) {
   if constexpr (kSplit == 1)
     __syncthreads();
   else
-    asm volatile("bar.sync %0, %1;" ::"r"(slice + 1), "n"(kThreads) : "memory");
+    SyncPart<kThreads>(slice + 1);
 }
 
 template <class F, class T, int kRows, bool kOffsets, bool kFine, int kSplit>

@@ -1,0 +1,117 @@
+// Stands in for ops/common/hopper.cuh: the same functions, on the CPU. What they do is said there.
+#pragma once
+
+#include <cuda.h>
+
+#include <array>
+
+#include "ops/common/ptx.cuh"
+
+#define QMOE_HOPPER 1
+
+namespace emulator {
+
+/// Of the mbarrier at an address of shared memory.
+void InitBarrier(uint32_t barrier, int arrivals);
+void Arrive(uint32_t barrier, uint32_t expected_bytes);
+void ArriveAfterCopies(uint32_t barrier);
+void Wait(uint32_t barrier, uint32_t parity);
+void CopyBox(uint32_t shared, const CUtensorMap& tensor, int column, int row, uint32_t barrier);
+
+/// Warpgroup products of this thread that are under way: done when the thread waits for them.
+struct Products {
+  std::vector<std::function<void()>> pending;
+  std::vector<size_t> groups;  // as in Copies
+  size_t open = 0;
+};
+Products& ProductsOfThread();
+
+inline char* Swizzled(uint32_t address, size_t bytes) {
+  return SharedPointer(address ^ (address >> 7 & 7) << 4, bytes);
+}
+
+}  // namespace emulator
+
+namespace qmoe_plugin {
+
+inline void BarrierInit(uint32_t barrier, int arrivals) {
+  emulator::InitBarrier(barrier, arrivals);
+}
+inline void BarrierInitDone() {}
+inline void BarrierArrive(uint32_t barrier) { emulator::Arrive(barrier, 0); }
+inline void BarrierArriveIf(uint32_t barrier, bool condition) {
+  if (condition) emulator::Arrive(barrier, 0);
+}
+inline void BarrierArriveExpecting(uint32_t barrier, uint32_t bytes) {
+  emulator::Arrive(barrier, bytes);
+}
+inline void TensorCopy(uint32_t shared, const CUtensorMap& tensor, int column, int row,
+                       uint32_t barrier) {
+  emulator::CopyBox(shared, tensor, column, row, barrier);
+}
+inline void BarrierArriveAfterCopies(uint32_t barrier) { emulator::ArriveAfterCopies(barrier); }
+inline void BarrierWait(uint32_t barrier, uint32_t parity) { emulator::Wait(barrier, parity); }
+inline void FenceAsyncProxy() {}
+template <int kRegisters>
+void GrowRegisters() {}
+template <int kRegisters>
+void ShrinkRegisters() {}
+inline void WgmmaFence() {}
+template <int kRegisters>
+void HoldRegisters(uint32_t (&)[kRegisters]) {}
+
+inline void WgmmaCommit() {
+  emulator::Products& products = emulator::ProductsOfThread();
+  products.groups.push_back(std::exchange(products.open, 0));
+}
+
+template <int kPending>
+void WgmmaWait() {
+  emulator::Products& products = emulator::ProductsOfThread();
+  while (products.groups.size() > size_t(kPending)) {
+    const auto end = products.pending.begin() + ptrdiff_t(products.groups.front());
+    for (auto product = products.pending.begin(); product != end; ++product) (*product)();
+    products.pending.erase(products.pending.begin(), end);
+    products.groups.erase(products.groups.begin());
+  }
+}
+
+/// The shared address that begins the operand; SwizzledOperand of the real file puts it into a descriptor.
+inline uint64_t SwizzledOperand(uint32_t address) {
+  if (address % 1024 != 0) emulator::Fail("operand B is not 1024-byte aligned");
+  return address >> 4;
+}
+
+template <class T, int kN>
+void Wgmma(float* d, const uint32_t (&a)[4], uint64_t b_operand) {
+  struct Operand {
+    uint32_t a[4];
+  };
+  const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  float rows[2][16];  // of a: g and g + 8
+  emulator::OnWarp("wgmma", 0xffffffff, Operand{{a[0], a[1], a[2], a[3]}}, [&](const Operand* all) {
+    for (unsigned i = 0; i < 2; ++i)
+      for (unsigned k = 0; k < 16; ++k)
+        rows[i][k] = emulator::Value<T>(all[4 * g + k % 8 / 2].a[i + k / 8 * 2], k % 2);
+    return 0;
+  });
+  std::array<float, 32> left;
+  std::copy_n(rows[0], 32, left.begin());
+  emulator::Products& products = emulator::ProductsOfThread();
+  ++products.open;
+  // Reads b as late as the hardware may, so that a stage that is given back too early shows.
+  products.pending.push_back([=] {
+    for (unsigned n = 0; n < unsigned(kN); ++n) {
+      if (n % 8 / 2 != t) continue;
+      const uint32_t row = uint32_t(b_operand << 4) + n / 8 * 1024 + n % 8 * 128;
+      for (unsigned k = 0; k < 16; ++k) {
+        T value;
+        std::memcpy(&value.bits, emulator::Swizzled(row + k * 2, 2), 2);
+        d[n / 8 * 4 + n % 2] += left[k] * float(value);
+        d[n / 8 * 4 + 2 + n % 2] += left[16 + k] * float(value);
+      }
+    }
+  });
+}
+
+}  // namespace qmoe_plugin
