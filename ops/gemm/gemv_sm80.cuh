@@ -322,27 +322,44 @@ struct Gemm {
   static std::string Refuse(const GemmProblem& p) {
     // Beyond that weights are read more than once, or arithmetic outweighs them.
     if (p.rows > MostRows(p)) return Concat(p.rows, " rows; it takes at most ", MostRows(p));
-    if (MakePlan(TileRows(p), p.k, p.sm).rows == 0)
+    const int fits = TileRows(p);
+    if (PlanOf(p, fits).rows == 0)
       return Concat("rows of ", p.k, " values do not fit into shared memory");
+    if (2 * fits < WantedRows(p))  // weights would be read more than twice
+      return Concat("only ", fits, fits == 1 ? " row" : " rows", " of ", p.k,
+                    " values fit into shared memory, of ", WantedRows(p));
     return RefuseBlockSize(p);
   }
 
   /// Twice what an expert gets on average, but not more than there are tokens: few experts need two tiles.
-  static int TileRows(const GemmProblem& p) {
+  static int64_t WantedRows(const GemmProblem& p) {
     const int64_t used = std::max<int64_t>(std::min(p.rows, p.experts), 1);
     const int64_t tokens = p.experts == 1 ? p.rows : p.rows / std::max<int64_t>(p.topk, 1);
-    int64_t rows = std::clamp<int64_t>(tokens, 1, p.rows <= 2 * used ? 8 : 16);
-    while (rows > 1 && MakePlan(int(rows), p.k, p.sm).rows == 0) rows = (rows + 1) / 2;
-    return int(rows);
+    return std::clamp<int64_t>(tokens, 1, p.rows <= 2 * used ? 8 : 16);
+  }
+
+  /// So many, or as many as fit.
+  static int TileRows(const GemmProblem& p) {
+    int rows = int(WantedRows(p));
+    while (rows > 1 && PlanOf(p, rows).rows == 0) rows = (rows + 1) / 2;
+    return rows;
+  }
+
+  static Plan PlanOf(const GemmProblem& p, int tile_rows) {
+    const Blocks blocks = p.block_size == 0 ? Blocks::kWide : BlocksOf(p.block_size);
+    return MakePlan(tile_rows, FixedBytes(blocks, p.zero_points, tile_rows), p.k, p.sm);
+  }
+
+  static Blocks BlocksOf(int64_t block_size) {
+    return block_size == 16 ? Blocks::k16 : block_size == 32 ? Blocks::k32 : Blocks::kWide;
   }
 
   /// Without rows if not even one slot's fit.
-  static Plan MakePlan(int tile_rows, int64_t k, int sm) {
+  static Plan MakePlan(int tile_rows, int fixed_bytes, int64_t k, int sm) {
     Plan plan{};
     plan.row_stride = int((k + kTileK - 1) / kTileK * kTileK * 2 + 16);
-    const int64_t room =
-        SharedLimit(sm) - kStaticBytes - (tile_rows > 8 ? kFixedBytes<2> : kFixedBytes<1>);
-    plan.rows = int(std::min<int64_t>(3 * tile_rows, room / plan.row_stride));
+    const int64_t room = SharedLimit(sm) - kStaticBytes - fixed_bytes;
+    plan.rows = int(std::clamp<int64_t>(room / plan.row_stride, 0, 3 * tile_rows));
     if (plan.rows < tile_rows) plan.rows = 0;
     return plan;
   }
@@ -350,10 +367,13 @@ struct Gemm {
   static constexpr int kStaticBytes = 3 << 10;  // of shared memory, at most
   static_assert(sizeof(RouteTable) + kMaxSlots * sizeof(RowTile) <= kStaticBytes);
 
-  /// Parts, and the largest ring of any scales.
-  template <int kN>
-  static constexpr int kFixedBytes =
-      kPartBytes<kN> + kWarps * WeightStage<F, Blocks::k16, F::kZeroPoints>::kRing;
+  /// Shared memory but for x: parts and rings.
+  static int FixedBytes(Blocks blocks, bool offsets, int tile_rows) {
+    int bytes = 0;
+    WithKernel(DType::kFloat16, blocks, offsets, tile_rows,
+               [&](auto*, int fixed_bytes) { bytes = fixed_bytes; });
+    return bytes;
+  }
 
   /// fn(kernel, its shared memory but for x) for the combination.
   template <class Fn>
@@ -398,20 +418,19 @@ struct Gemm {
   }
 
   static void LaunchRouted(const CudaGemmArgs& args, const FusedRoute& fused, cudaStream_t stream) {
-    Plan plan = MakePlan(args.tile_rows, args.k, args.sm);
+    const Blocks scales = BlocksOf(int64_t(1) << args.block_shift);
+    const bool offsets = args.zero_offsets != nullptr;
+    Plan plan =
+        MakePlan(args.tile_rows, FixedBytes(scales, offsets, args.tile_rows), args.k, args.sm);
     const int64_t blocks = std::min<int64_t>(args.multiprocessors, args.max_tiles * args.row_tiles);
     const int k_tiles = (args.k + kTileK - 1) / kTileK;
     plan.k_tiles = FastDivisor(k_tiles), plan.x_chunks = FastDivisor(k_tiles * 8);
     plan.row_tiles = FastDivisor(args.row_tiles), plan.blocks = FastDivisor(uint32_t(blocks));
-    const Blocks scales = args.block_shift == 4   ? Blocks::k16
-                          : args.block_shift == 5 ? Blocks::k32
-                                                  : Blocks::kWide;
-    WithKernel(args.dtype, scales, args.zero_offsets != nullptr, args.tile_rows,
-               [&](auto* kernel, int fixed_bytes) {
-                 const int shared_bytes = fixed_bytes + plan.rows * plan.row_stride;
-                 ::qmoe_plugin::Launch("gemv_sm80", kernel, blocks, kThreads, shared_bytes,
-                                       args.overlap, stream, args, plan, fused);
-               });
+    WithKernel(args.dtype, scales, offsets, args.tile_rows, [&](auto* kernel, int fixed_bytes) {
+      const int shared_bytes = fixed_bytes + plan.rows * plan.row_stride;
+      ::qmoe_plugin::Launch("gemv_sm80", kernel, blocks, kThreads, shared_bytes, args.overlap,
+                            stream, args, plan, fused);
+    });
   }
 };
 

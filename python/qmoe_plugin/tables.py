@@ -56,11 +56,19 @@ def support_page(kernels: Sequence[Kernel], formats: Iterable[Format]) -> str:
     for device in ("CPU", "CUDA"):
         rows = [_cells(kernel) for kernel in kernels if kernel.device == device]
         lines += [f"## {device} kernels", ""]
+        if rows and device == "CUDA":
+            lines += [*_CUDA_HARDWARE, ""]
         if rows:
             lines += [*_markdown(_HEADER, rows), ""]
         else:
             lines += [f"This build has no {device} kernels.", ""]
     return "\n".join(lines).rstrip()
+
+
+_CUDA_HARDWARE = (
+    "Of these GPU generations, only sm_90 (H200) has run them. For sm_80, sm_86, sm_89, sm_100 and",
+    "sm_120 they are compiled, and run on an emulated GPU, which says nothing of their speed.",
+)
 
 
 def _cells(kernel: Kernel) -> tuple[str, ...]:
