@@ -156,6 +156,28 @@ def gemma4() -> PreTrainedModel:
     )
 
 
+def mixtral() -> PreTrainedModel:
+    """Mixtral: softmax router over 8 experts, whose factors are normalised."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        **_common(layers=2),
+        intermediate_size=96,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+    )
+    return MixtralForCausalLM(config)
+
+
+def llama() -> PreTrainedModel:
+    """Llama, without experts: what GPTQ and AWQ checkpoints come through the builder with."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**_common(layers=2), intermediate_size=192, max_position_embeddings=512)
+    return LlamaForCausalLM(config)
+
+
 def qwen3_moe() -> PreTrainedModel:
     """Qwen3-MoE: softmax router over 16 experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

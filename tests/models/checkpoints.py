@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from models import architectures
+from models import architectures, prequantized
 from models.architectures import VOCAB
 from models.grid import BLOCK, Grid, draw, encode_mxfp4, split_int4
 
@@ -38,7 +38,9 @@ class Recipe:
     experts_grid: Grid = "int4"
     # Expert weights stored [E, K, N] (gpt-oss) instead of [E, N, K].
     experts_transposed: bool = False
-    # What is stored as 4-bit GPTQ: a part of the matrices' names; None for a plain checkpoint.
+    # The whole model as GPTQ or AWQ publish it.
+    prequantized: prequantized.Method | None = None
+    # What is stored as 4-bit GPTQ as mobius reads it: a part of the matrices' names; None for none.
     gptq: str | None = None
     # GPTQ with zero points.
     asymmetric: bool = False
@@ -63,6 +65,16 @@ RECIPES = {
         Recipe("qwen35_moe_int2", architectures.qwen35_moe, experts_grid="int2"),
         Recipe("lfm2_moe", architectures.lfm2_moe),
         Recipe("gemma4", architectures.gemma4),
+        *(
+            Recipe(
+                f"llama_{method}",
+                architectures.llama,
+                grid="int4_asymmetric",
+                prequantized=method,
+            )
+            for method in get_args(prequantized.Method)
+        ),
+        Recipe("mixtral", architectures.mixtral),
         Recipe("qwen3_moe", architectures.qwen3_moe, gptq=".experts."),
         Recipe(
             "glm4_moe",
@@ -98,6 +110,8 @@ def make_checkpoint(recipe: Recipe, folder: Path) -> PreTrainedModel:
     _save_tokenizer(folder)
     if recipe.experts_grid == "mxfp4":
         _add_mxfp4_experts(model, folder)
+    if recipe.prequantized is not None:
+        prequantized.save(model, recipe.prequantized, folder)
     if recipe.gptq is not None:
         _save_gptq(model, recipe, folder)
     return model

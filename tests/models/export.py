@@ -26,7 +26,15 @@ FOLDER = Path(__file__).resolve().parent
 SKIP = "QMOE_PLUGIN_SKIP_MODELS"
 CACHE = "QMOE_PLUGIN_MODELS"
 # What the exports' bytes depend on.
-_SOURCES = ("grid.py", "architectures.py", "checkpoints.py", "export.py", "exporters.py")
+_SOURCES = (
+    "grid.py",
+    "architectures.py",
+    "checkpoints.py",
+    "export.py",
+    "exporters.py",
+    "handmade.py",
+    "prequantized.py",
+)
 _PACKAGES = (
     "torch",
     "transformers",
@@ -47,7 +55,7 @@ class Export:
 
     recipe: str
     name: str
-    exporter: Literal["genai", "mobius"]
+    exporter: Literal["genai", "mobius", "handmade"]
     # genai: precision, execution provider, extra options; mobius: keyword arguments.
     arguments: tuple[str, ...]
     activations: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -166,9 +174,23 @@ EXPORTS = [
     Export("qwen35_moe_int2", "int2", "genai", _INT2, "float16"),
     Export("qwen35_moe_int2", "int2_int4", "genai", _INT2_INT4, "float16"),
     Export("qwen35_moe_int2", "int2_bf16", "genai", (*_INT2, _BF16), "bfloat16"),
+    # By hand, as no exporter writes MoE nodes for these; with fc3.
+    Export("mixtral", "float32", "handmade", ()),
+    Export("qwen3_moe", "float32", "handmade", ()),
     *_mobius("qwen3_moe"),
     *_mobius("glm4_moe"),
     *_mobius("deepseek_v3"),
+]
+
+# Checkpoints that are quantised already, of a model without experts: the builder reads none of MoE.
+_FLOAT_HEAD = "nodes_to_exclude=/lm_head/MatMul"  # which these methods leave alone
+PREQUANTIZED_EXPORTS = [
+    Export(f"llama_{method}", name, "genai", arguments, activations)
+    for method in ("gptq", "gptq_act_order", "awq")
+    for name, arguments, activations in (
+        ("int4", (*_INT4, _FLOAT_HEAD), "float32"),
+        ("int4_fp16", ("int4", *_CUDA, _FLOAT_HEAD), "float16"),
+    )
 ]
 
 # The builder's broken MXFP4: of every architecture but gpt-oss. No weights are kept of these.
@@ -232,7 +254,7 @@ class Exports:
 
 
 def by_id(identifier: str) -> Export:
-    return next(export for export in EXPORTS if export.id == identifier)
+    return next(export for export in EXPORTS + PREQUANTIZED_EXPORTS if export.id == identifier)
 
 
 def ensure() -> Exports:

@@ -25,12 +25,14 @@ from mobius._weight_utils import pack_qmoe_expert_weights, preprocess_gptq_weigh
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from models import handmade, prequantized
 from models.architectures import VOCAB
 from models.checkpoints import RECIPES, SEED, make_checkpoint
 from models.export import (
     EXPORTS,
     FOREIGN_EXPORTS,
     NEW_TOKENS,
+    PREQUANTIZED_EXPORTS,
     PROMPT_LENGTH,
     REFUSED_EXPORTS,
     Export,
@@ -47,14 +49,19 @@ def main(folder: Path) -> None:
             model = make_checkpoint(recipe, checkpoint)
             (folder / name).mkdir(exist_ok=True)
             _save_expected(model, folder / name / "expected.npz")
-            for export in EXPORTS + FOREIGN_EXPORTS:
+            if recipe.prequantized is not None:
+                shutil.copy(checkpoint / prequantized.TRUTH, folder / name)
+            for export in EXPORTS + PREQUANTIZED_EXPORTS + FOREIGN_EXPORTS:
                 if export.recipe != name:
                     continue
                 start = time.monotonic()
                 target = folder / name / export.name
                 shutil.rmtree(target, ignore_errors=True)
-                run = _run_genai_builder if export.exporter == "genai" else _run_mobius
-                run(export, checkpoint, target)
+                if export.exporter == "handmade":
+                    handmade.build(model, checkpoint, target)
+                else:
+                    run = _run_genai_builder if export.exporter == "genai" else _run_mobius
+                    run(export, checkpoint, target)
                 if export in FOREIGN_EXPORTS:
                     (target / "model.onnx.data").unlink()
                 print(f"exported {export.id} in {time.monotonic() - start:.1f} s", flush=True)
