@@ -9,13 +9,14 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 
+from qmoe_plugin.bound import bind
 from qmoe_plugin.devices import CPU, Target, best_target
 from qmoe_plugin.graph.apply import apply
 from qmoe_plugin.graph.retarget import Retarget, Unretarget
@@ -23,10 +24,7 @@ from qmoe_plugin.library import OPS, runtime
 from qmoe_plugin.ort_values import Array
 from qmoe_plugin.report import logger
 from qmoe_plugin.sample_inputs import Wanted, known_dims, sample_inputs
-from qmoe_plugin.taps import Source, default_providers, open_as_is, ort_errors, values_for
-
-if TYPE_CHECKING:
-    import onnxruntime
+from qmoe_plugin.taps import Source, default_providers, open_as_is, ort_errors
 
 _KERNEL_TIME = "_kernel_time"
 """How onnxruntime's profiles end the names of what they say of a node."""
@@ -174,11 +172,11 @@ def _time(
         start = time.perf_counter()
         session = open_as_is(source.proto, source.folder, default_providers(where), options)
         load = time.perf_counter() - start
-        values = values_for(session, feeds)
+        run = bind(session, source.proto.graph, feeds)
         for _ in range(_WARM_UP + repeat):
-            session.run_with_ort_values(None, values)
+            run()
         profile = json.loads(Path(session.end_profiling()).read_text())
-        runs = [_run(session, values) for _ in range(repeat)]
+        runs = [_seconds(run) for _ in range(repeat)]
     logger.info("%s: %.3f ms a run", source.name, 1e3 * statistics.median(runs))
     nodes, others = ({}, 0.0) if where != CPU else _node_times(source.proto, profile)
     del session
@@ -186,9 +184,9 @@ def _time(
     return Times(load, 1e3 * statistics.median(runs), 1e3 * min(runs), nodes, others)
 
 
-def _run(session: onnxruntime.InferenceSession, values: dict[str, Any]) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
-    session.run_with_ort_values(None, values)
+    run()
     return time.perf_counter() - start
 
 

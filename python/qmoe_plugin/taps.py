@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 
+from qmoe_plugin.bound import bind
 from qmoe_plugin.devices import CPU, CPU_PROVIDER, CUDA_PROVIDER, Target
 from qmoe_plugin.graph.apply import apply, load, serialize
+from qmoe_plugin.graph.describe import STOCK_DOMAIN
 from qmoe_plugin.graph.retarget import Retarget
-from qmoe_plugin.library import runtime
-from qmoe_plugin.ort_values import Array, to_array, to_value, type_named
+from qmoe_plugin.library import OPS, runtime
+from qmoe_plugin.ort_values import Array, to_array
 from qmoe_plugin.session import FOLDER_KEY, register
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Source:
 def run_with_taps(
     source: Source, providers: Providers, feeds: Mapping[str, Array], taps: Iterable[str]
 ) -> dict[str, Array]:
-    """All outputs of a model, and values inside it.
+    """All outputs of a model, and values inside it; no states of sliding windows, see `bind`.
 
     Nodes run where their domain says: those of com.microsoft are onnxruntime's.
 
@@ -141,21 +143,26 @@ def _input_names(node: ir.Node) -> list[str]:
 def _run(
     source: Source, proto: onnx.ModelProto, providers: Providers, feeds: Mapping[str, Array]
 ) -> dict[str, Array]:
-    with ort_errors(source.name):
+    hint = ""
+    if any(node.domain == STOCK_DOMAIN and node.op_type in OPS for node in proto.graph.node):
+        hint = (
+            "; onnxruntime's own kernels ran its nodes of com.microsoft: to have ours run them, "
+            "retarget the model first"
+        )
+    with ort_errors(source.name, hint):
         session = open_as_is(proto, source.folder, providers)
-        outputs = session.run_with_ort_values(None, values_for(session, feeds))
-    names = [output.name for output in session.get_outputs()]
-    return {name: to_array(value) for name, value in zip(names, outputs, strict=True)}
+        outputs = bind(session, proto.graph, feeds)()
+    return {name: to_array(value) for name, value in outputs.items()}
 
 
 @contextlib.contextmanager
-def ort_errors(name: str) -> Iterator[None]:
+def ort_errors(name: str, hint: str = "") -> Iterator[None]:
     """Turns the errors of onnxruntime, which have no base of their own, into a RuntimeError."""
     try:
         yield
     except Exception as error:
         if type(error).__module__.startswith("onnxruntime"):
-            raise RuntimeError(f"{name} does not run: {str(error).strip()}") from error
+            raise RuntimeError(f"{name} does not run: {str(error).strip()}{hint}") from error
         raise
 
 
@@ -180,22 +187,3 @@ def open_as_is(
     return runtime().InferenceSession(
         serialize(proto), options, providers=list(providers), enable_fallback=0
     )
-
-
-def values_for(
-    session: onnxruntime.InferenceSession, feeds: Mapping[str, Array]
-) -> dict[str, onnxruntime.OrtValue]:
-    """The inputs that a session wants, in its types."""
-    made = {}
-    for value in session.get_inputs():
-        if value.name not in feeds:
-            raise ValueError(f"there is no value for input '{value.name}'")
-        array, dtype = feeds[value.name], type_named(value.type)
-        if dtype is not None and dtype.numpy() != array.dtype:
-            if not dtype.is_floating_point():
-                raise ValueError(
-                    f"input '{value.name}' is {array.dtype}, but the model wants {dtype.numpy()}"
-                )
-            array = array.astype(dtype.numpy())
-        made[value.name] = to_value(array)
-    return made

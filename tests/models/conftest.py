@@ -1,10 +1,10 @@
-"""Fixture of the exported models."""
+"""Fixtures of the exported models."""
 
 from __future__ import annotations
 
 import pytest
 
-from models import export
+from models import export, noisy
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +14,13 @@ def exports(library: str) -> export.Exports:
         return export.ensure()
     except export.UnavailableError as error:
         pytest.skip(f"no exported models: {error}")
+
+
+@pytest.fixture(scope="session", params=noisy.RECIPES)
+def float_model(
+    request: pytest.FixtureRequest,
+    exports: export.Exports,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> noisy.Noisy:
+    """A float model that no format holds exactly."""
+    return noisy.make(request.param, exports, tmp_path_factory.mktemp("float") / request.param)

@@ -125,7 +125,7 @@ def check(generated: Generated, export: Export, expected: Expected) -> None:
     assert same.all() or export.activations != "float32" or export.name == "int4_default"
 
 
-def generate_plainly(folder: Path, expected: Expected) -> list[int]:
+def generate_plainly(folder: Path, prompt: list[int], count: int) -> list[int]:
     """The tokens alone, greedily on the CPU; says nothing about who ran the nodes."""
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     model = genai.Model(str(folder))
@@ -133,9 +133,9 @@ def generate_plainly(folder: Path, expected: Expected) -> list[int]:
     # Sliding-window models need room for their buffers from the start.
     parameters.set_search_options(max_length=64, do_sample=False)
     generator = genai.Generator(model, parameters)
-    generator.append_tokens(expected.prompt)
+    generator.append_tokens(prompt)
     tokens: list[int] = []
-    while len(tokens) < len(expected.tokens) and not generator.is_done():
+    while len(tokens) < count and not generator.is_done():
         generator.generate_next_token()
         tokens.append(int(generator.get_next_tokens()[0]))
     return tokens

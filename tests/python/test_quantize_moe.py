@@ -141,6 +141,24 @@ def test_only_a_bias_tells_the_layout():
     assert inputs_of(model, node_of(model, "QMoE"))["fc1_scales"].shape == (4, 96, 2)
 
 
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+def test_only_the_router_tells_the_layout(op):
+    case = MoECase(activation="silu", fc3=True, fusion=0, bias=False)
+    tensors = case.tensors()
+    model = case.model(tensors)
+    swapped(model, tensors)
+    x, logits = model.graph.node[0].input[:2]
+    router = np.zeros((64, case.experts) if op == "MatMul" else (case.experts, 64), np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(router, "router"))
+    flags = {"transB": 1} if op == "Gemm" else {}
+    model.graph.node.insert(0, helper.make_node(op, [x, "router"], [logits], **flags))
+    del model.graph.input[1]
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.ClearField("shape")
+    qmoe_plugin.quantize(model)
+    assert inputs_of(model, node_of(model, "QMoE"))["fc2_scales"].shape == (4, 64, 3)
+
+
 def test_square_weights_are_taken_as_the_op_has_them():
     case = MoECase(activation="relu", inter=64)
     tensors = case.tensors()

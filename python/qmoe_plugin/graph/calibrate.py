@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper
 
+from qmoe_plugin.bound import bind
 from qmoe_plugin.graph.apply import load
 from qmoe_plugin.graph.calibrate_feeds import (
     complete,
@@ -29,6 +30,7 @@ from qmoe_plugin.graph.quantize_nodes import is_product_with_weight, product_wei
 from qmoe_plugin.graph.rewrite import read
 from qmoe_plugin.graph.walk import bodies, label
 from qmoe_plugin.library import DOMAIN
+from qmoe_plugin.ort_values import to_array
 from qmoe_plugin.progress import Progress
 from qmoe_plugin.report import CalibrateReport, NodeReport
 
@@ -97,7 +99,7 @@ def calibrate(
         for given in [run] if isinstance(run, Mapping) else from_files([run]):
             feeds = complete(given, inputs)
             try:
-                results = opened.run(wanted, feeds)
+                results = bind(opened, proto.graph, feeds, wanted)()
             except Exception as error:
                 first = str(error).strip().splitlines()[0]
                 made = ", ".join(sorted(set(feeds) - set(given)))
@@ -105,7 +107,7 @@ def calibrate(
                     f"run {done + 1} failed: {first}"
                     + (f"; made up were {made}: give them in an .npz file" if made else "")
                 ) from error
-            collector.take(dict(zip(wanted, results, strict=True)))
+            collector.take({name: to_array(value) for name, value in results.items()})
             done, tokens = done + 1, tokens + count_tokens(feeds)
             if progress is not None:
                 progress("runs", done, max(done, len(runs)))

@@ -18,6 +18,7 @@ from qmoe_plugin.graph.inputs import Constant, constant_tensor, given, string
 from qmoe_plugin.graph.moe import WEIGHTS
 from qmoe_plugin.graph.packed import is_packed
 from qmoe_plugin.graph.qmoe import GATED
+from qmoe_plugin.graph.routing import routed_size
 
 _SWAPPED = [0, 2, 1]
 
@@ -56,8 +57,8 @@ class ExpertWeights:
 def expert_weights(node: ir.Node) -> dict[str, ExpertWeights]:
     """The weights of a MoE node by role, "fc1", "fc2" and perhaps "fc3", in whichever layout.
 
-    Sizes tell the layout, with those of activations and biases where weights alone do not (a fc1
-    that is not [gates and ups]). Where nothing does, it is the one of the op.
+    Sizes tell the layout, with those of activations, biases and routers where weights alone do not
+    (a fc1 that is not [gates and ups]). Where nothing does, it is the one of the op.
 
     Raises:
         UnsupportedError: If weights are missing, or not constant.
@@ -116,4 +117,4 @@ def _hidden_size(node: ir.Node) -> int | None:
             size = value.shape[-1]
             if isinstance(size, int):
                 return size
-    return None
+    return routed_size(node)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from qmoe_plugin.graph.describe import STOCK_DOMAIN
-from qmoe_plugin.graph.inputs import given
+from qmoe_plugin.graph.inputs import given, integer
 from qmoe_plugin.graph.walk import Body
 from qmoe_plugin.library import DOMAIN
 
@@ -56,6 +56,13 @@ def products_before_scores(topk: ir.Node) -> list[ir.Node]:
     return list(_products_before(topk.inputs[0], _FROM_LOGITS, quantized=True))
 
 
+def routed_size(moe: ir.Node) -> int | None:
+    """Length of what the router of a MoE or QMoE multiplies; None if the model does not say."""
+    products = _products_before(moe.inputs[1], _FROM_LOGITS, quantized=True)
+    sizes = {_sizes(product)[0] for product in products}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
 def _routing_inputs(node: ir.Node) -> Iterator[ir.Value | None]:
     if node.domain == "" and node.op_type == "TopK":
         yield node.inputs[0]
@@ -88,9 +95,16 @@ def _products_before(
 
 def _columns(product: ir.Node) -> int | None:
     """How many numbers a product gives for each token; None if the model does not say."""
+    return _sizes(product)[1]
+
+
+def _sizes(product: ir.Node) -> tuple[int | None, int | None]:
+    """K and N of a product of activations with weights; None where the model does not say."""
+    if product.op_type == "MatMulNBits":
+        return integer(product, "K", 0) or None, integer(product, "N", 0) or None
     weights = product.inputs[1]
     if weights is None or weights.shape is None or len(weights.shape) != 2:
-        return None
+        return None, None
+    k, n = (size if isinstance(size, int) else None for size in weights.shape)
     transposed = "transB" in product.attributes and product.attributes["transB"].as_int()
-    columns = weights.shape[0 if transposed else 1]
-    return columns if isinstance(columns, int) else None
+    return (n, k) if transposed else (k, n)
