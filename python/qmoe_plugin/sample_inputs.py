@@ -78,6 +78,28 @@ def known_dims(inputs: Wanted, model: Path) -> Wanted:
     return Wanted(inputs.given, {**dims, **inputs.dims}, inputs.tokens, inputs.seed)
 
 
+def state_shape(value: ir.Value, batch: int, dims: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a state before the first token: without a past, a window at its full size.
+
+    Args:
+        value: The input of the model.
+        batch: How many sequences there are.
+        dims: Sizes of symbolic dimensions that are known.
+    """
+    sizes = []
+    for axis, dim in enumerate(value.shape or ()):
+        name = "" if isinstance(dim, int) else str(dim.value or "")
+        if isinstance(dim, int):
+            sizes.append(dim)
+        elif axis == 0:
+            sizes.append(batch)
+        elif "sliding" in name.lower():
+            sizes.append(_window(value) or 0)
+        else:
+            sizes.append(dims.get(name, 0))
+    return tuple(sizes)
+
+
 def _graph_inputs(model: ir.Model) -> list[ir.Value]:
     """Those that must be fed."""
     return [value for value in model.graph.inputs if not value.is_initializer()]

@@ -130,12 +130,9 @@ def test_the_search_beats_rounding_on_each_weight(float_model: Noisy, text: str)
 
 def test_calibrated(float_model: Noisy, tmp_path: Path) -> None:
     """On the user's own data: here the prompt. What experts see is then rounded best."""
-    session = qmoe_plugin.session(float_model.path, ["CPUExecutionProvider"])
-    # Caches, of which some have a fixed size that the model leaves open.
-    run = {name: state.numpy() for name, state in Decoder(session)._states.items()}
-    run["input_ids"] = np.array([float_model.prompt])
-    seen, output = tmp_path / "seen.npz", tmp_path / "small.onnx"
-    report = qmoe_plugin.calibrate(float_model.path, seen, data=[run])
+    seen, output, tokens = (tmp_path / name for name in ("seen.npz", "small.onnx", "tokens.npy"))
+    np.save(tokens, float_model.prompt)
+    report = qmoe_plugin.calibrate(float_model.path, seen, data=[tokens])
     assert report.tokens == len(float_model.prompt)
     assert [node.op_type for node in report.collected].count("MoE") == MOES
     quantized = qmoe_plugin.quantize(float_model.path, output, calibration=seen)

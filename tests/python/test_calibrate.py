@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from helpers.cases import feeds_of
 from helpers.moe_cases import MoECase
@@ -173,17 +174,18 @@ def test_what_the_model_computes_gets_better(tmp_path, spec):
 
 
 def test_inputs_are_completed():
-    class Input:
-        def __init__(self, name, kind, shape):
-            self.name, self.type, self.shape = name, f"tensor({kind})", shape
+    def value(name, dtype, shape):
+        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType[dtype]))
 
+    past = ["batch_size", 2, "past_sequence_length", "kv_cache_dim"]
     inputs = [
-        Input("input_ids", "int64", ["batch_size", "sequence_length"]),
-        Input("attention_mask", "int64", ["batch_size", "total_sequence_length"]),
-        Input("position_ids", "int32", [3, "batch_size", "sequence_length"]),
-        Input("past_key_values.0.key", "float16", ["batch_size", 2, "past_sequence_length", 32]),
+        value("input_ids", "INT64", ["batch_size", "sequence_length"]),
+        value("attention_mask", "INT64", ["batch_size", "total_sequence_length"]),
+        value("position_ids", "INT32", [3, "batch_size", "sequence_length"]),
+        value("past_key_values.0.key", "FLOAT16", past),
     ]
-    feeds = complete({"input_ids": np.array([[5, 6, 7]], np.int32)}, inputs)
+    given = {"input_ids": np.array([[5, 6, 7]], np.int32)}
+    feeds = complete(given, inputs, {"kv_cache_dim": 32})
     assert feeds["input_ids"].dtype == np.int64
     np.testing.assert_array_equal(feeds["attention_mask"], [[1, 1, 1]])
     assert feeds["position_ids"].tolist() == [[[0, 1, 2]]] * 3
@@ -192,9 +194,11 @@ def test_inputs_are_completed():
         np.float16,
     )
     with pytest.raises(ValueError, match="give input 'pixels': it cannot be made up"):
-        complete({}, [Input("pixels", "float", [1])])
+        complete({}, [value("pixels", "FLOAT", [1])])
     with pytest.raises(ValueError, match="the model has no input ids; it has input_ids"):
         complete({"ids": np.zeros((1, 1))}, inputs)
+    with pytest.raises(ValueError, match="give input 'what': the model says neither"):
+        complete({}, [ir.Value(name="what")])
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from qmoe_plugin.library import DOMAIN
 from qmoe_plugin.ort_values import to_array
 from qmoe_plugin.progress import Progress
 from qmoe_plugin.report import CalibrateReport, NodeReport
+from qmoe_plugin.sample_inputs import Wanted, known_dims
 
 Array = npt.NDArray[Any]
 PathLike = str | os.PathLike[str]
@@ -82,7 +83,8 @@ def calibrate(
     from qmoe_plugin.session import session
 
     path = Path(model)
-    collector = _Collector(read(path))
+    decoded = read(path)
+    collector = _Collector(decoded)
     proto = load(path)
     collector.add_outputs(proto)
     opened = session(proto, providers, external_data_dir=path.parent)
@@ -93,11 +95,12 @@ def calibrate(
         runs += random_tokens(random, length, size, seed)
     if not runs:
         raise ValueError("there is nothing to run the model on: give data, or random runs")
-    inputs, wanted = opened.get_inputs(), collector.outputs
+    inputs = [value for value in decoded.graph.inputs if not value.is_initializer()]
+    dims, wanted = known_dims(Wanted(), path).dims, collector.outputs
     done = tokens = 0
     for run in runs:
         for given in [run] if isinstance(run, Mapping) else from_files([run]):
-            feeds = complete(given, inputs)
+            feeds = complete(given, inputs, dims)
             try:
                 results = bind(opened, proto.graph, feeds, wanted)()
             except Exception as error:

@@ -6,30 +6,18 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
+
+from qmoe_plugin.sample_inputs import state_shape
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
 
-_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-}
 _TOKENS = "input_ids"
-
-
-class Input(Protocol):
-    """An input of a session."""
-
-    name: str
-    shape: Sequence[int | str | None]
-    type: str
 
 
 def from_files(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Mapping[str, Array]]:
@@ -67,15 +55,23 @@ def random_tokens(
         yield {_TOKENS: rng.integers(0, vocabulary, (1, length))}
 
 
-def complete(given: Mapping[str, Array], inputs: Sequence[Input]) -> Feeds:
+def complete(
+    given: Mapping[str, Array], inputs: Sequence[ir.Value], dims: Mapping[str, int] | None = None
+) -> Feeds:
     """All inputs of a run: those that are missing are what a prompt without a past has.
 
-    That is a mask of ones, positions from 0 on, and caches of length 0.
+    That is a mask of ones, positions from 0 on, and caches of length 0, or of zeros where their
+    size is fixed.
+
+    Args:
+        given: Arrays by the names of inputs.
+        inputs: Those of the model.
+        dims: Sizes of dimensions that the model leaves open.
 
     Raises:
         ValueError: For unknown inputs, and missing ones that this does not know.
     """
-    known = {value.name: value for value in inputs}
+    known = {value.name or "": value for value in inputs}
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"the model has no input {', '.join(unknown)}; it has {', '.join(known)}")
@@ -83,22 +79,22 @@ def complete(given: Mapping[str, Array], inputs: Sequence[Input]) -> Feeds:
     batch, length = _tokens_shape(arrays)
     feeds: Feeds = {}
     for name, value in known.items():
-        dtype = _TYPES.get(value.type)
+        dtype = None if value.dtype is None else value.dtype.numpy()
         if name in arrays:
             array = arrays[name]
             feeds[name] = array if dtype is None or array.dtype == dtype else array.astype(dtype)
-        elif dtype is None:
-            raise ValueError(f"give input '{name}', {value.type}: it cannot be made up")
+        elif dtype is None or value.shape is None:
+            raise ValueError(f"give input '{name}': the model says neither its type nor its shape")
         elif "mask" in name:
             feeds[name] = np.ones((batch, length), dtype)
         elif "position" in name:
             positions = np.broadcast_to(np.arange(length), (batch, length))
-            lead = (3,) if len(value.shape) == 3 else ()  # of multimodal models
+            lead = (3,) if value.shape.rank() == 3 else ()  # of multimodal models
             feeds[name] = np.ascontiguousarray(
                 np.broadcast_to(positions, (*lead, batch, length)), dtype
             )
         elif name.startswith("past") or ".past" in name or "cache" in name:
-            feeds[name] = np.zeros(_empty(value.shape, batch), dtype)
+            feeds[name] = np.zeros(state_shape(value, batch, dims or {}), dtype)
         else:
             raise ValueError(f"give input '{name}': it cannot be made up")
     return feeds
@@ -129,11 +125,3 @@ def _tokens_shape(arrays: Mapping[str, Array]) -> tuple[int, int]:
         if array.ndim >= 2:
             return array.shape[0], array.shape[1]
     return 1, 1
-
-
-def _empty(shape: Sequence[int | str | None], batch: int) -> tuple[int, ...]:
-    """Sizes that the model says, the batch first where it leaves that open, and no past."""
-    sizes = [size if isinstance(size, int) else 0 for size in shape]
-    if sizes and not isinstance(shape[0], int):
-        sizes[0] = batch
-    return tuple(sizes)
