@@ -18,7 +18,7 @@ from pathlib import Path
 import qmoe_plugin
 from qmoe_plugin import doctor
 from qmoe_plugin.commands import add_commands
-from qmoe_plugin.commands.output import show
+from qmoe_plugin.commands.output import add_output, check_output, show
 from qmoe_plugin.graph.inspect import explain_model
 from qmoe_plugin.graph.quantize_rules import parse_rule
 from qmoe_plugin.graph.quantize_weights import SEARCHES
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("retarget", help="move a model's nodes to our domain")
     command.add_argument("input", type=Path, metavar="IN", help="ONNX model")
-    command.add_argument("output", type=Path, metavar="OUT", help="where to write the new model")
+    add_output(command)
     command.add_argument("--back", action="store_true", help="move them back to com.microsoft")
     command.add_argument("--strict", action="store_true", help="fail if any node is left behind")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -74,9 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("quantize", help="quantise MatMul, Gemm and MoE nodes")
     command.add_argument("input", type=Path, metavar="IN", help="ONNX model")
-    command.add_argument(
-        "output", type=Path, metavar="OUT", nargs="?", help="where to write the new model"
-    )
+    add_output(command)
     command.add_argument("--format", default="int4", help="FORMAT[:BLOCK][:asymmetric] (int4)")
     command.add_argument(
         "--rule",
@@ -91,13 +89,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--calibration", type=Path, metavar="FILE", help="made by calibrate; for --search mse"
     )
-    command.add_argument("--dry-run", action="store_true", help="only say what would be done")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_quantize)
 
     command = commands.add_parser("prepack", help="pack the weights, for a fast start")
     command.add_argument("input", type=Path, metavar="IN", help="ONNX model")
-    command.add_argument("output", type=Path, metavar="OUT", help="where to write the new model")
+    add_output(command)
     device = command.add_mutually_exclusive_group()
     device.add_argument("--sm", type=int, help="for GPUs of this compute capability, as in 90")
     device.add_argument("--cpu", action="store_true", help="for the CPU (default)")
@@ -157,10 +154,12 @@ def _kernels(options: argparse.Namespace) -> int:
 
 
 def _retarget(options: argparse.Namespace) -> int:
+    check_output(options)
+    paths, dry_run = (options.input, options.output), options.dry_run
     if options.back:
-        report = qmoe_plugin.unretarget(options.input, options.output)
+        report = qmoe_plugin.unretarget(*paths, dry_run=dry_run)
     else:
-        report = qmoe_plugin.retarget(options.input, options.output, sm=options.sm)
+        report = qmoe_plugin.retarget(*paths, sm=options.sm, dry_run=dry_run)
     failed = show(
         report, as_json=options.json, done=bool(report.moved), nothing="no node was moved"
     )
@@ -168,8 +167,7 @@ def _retarget(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    if options.output is None and not options.dry_run:
-        raise ValueError("say where to write the new model, or give --dry-run")
+    check_output(options)
     with Bar("weights") as bar:
         report = qmoe_plugin.quantize(
             options.input,
@@ -186,7 +184,10 @@ def _quantize(options: argparse.Namespace) -> int:
 
 
 def _prepack(options: argparse.Namespace) -> int:
-    report = qmoe_plugin.prepack(options.input, options.output, sm=options.sm)
+    check_output(options)
+    report = qmoe_plugin.prepack(
+        options.input, options.output, sm=options.sm, dry_run=options.dry_run
+    )
     failed = show(
         report, as_json=options.json, done=bool(report.packed), nothing="no node was packed"
     )

@@ -219,13 +219,17 @@ def install(
     return dataclasses.replace(done, changed=True)
 
 
-def uninstall(folder: PathLike) -> list[str]:
+def uninstall(folder: PathLike, *, dry_run: bool = False) -> list[str]:
     """Undoes `install`.
 
     Changes that were made to the configuration since then stay.
 
+    Args:
+        folder: The folder.
+        dry_run: Only say what would be done.
+
     Returns:
-        The files that were removed.
+        The files that were removed, or would be.
 
     Raises:
         ValueError: If nothing is installed, or the configuration still needs what would be removed.
@@ -244,8 +248,10 @@ def uninstall(folder: PathLike) -> list[str]:
             f"{CONFIG} was changed since qmoe_plugin was installed and still names "
             f"{', '.join(needed)}; name what it should use instead, then undo again"
         )
-    write(text.encode(), folder / CONFIG)
     removed = [name for name in manifest.files if (folder / name).exists()]
+    if dry_run:
+        return [*removed, MANIFEST]
+    write(text.encode(), folder / CONFIG)
     for name in removed:
         (folder / name).unlink()
     (folder / MANIFEST).unlink()

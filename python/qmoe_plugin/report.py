@@ -120,6 +120,7 @@ class RetargetReport(Report):
         moved: Nodes that are now in `domain`.
         kept: Nodes that were left where they were, each with a reason.
         already: How many nodes were in `domain` before.
+        dry_run: Whether nothing was changed.
     """
 
     domain: str
@@ -127,11 +128,13 @@ class RetargetReport(Report):
     moved: tuple[NodeReport, ...] = ()
     kept: tuple[NodeReport, ...] = ()
     already: int = 0
+    dry_run: bool = False
 
     def headline(self) -> str:
         """One line that sums it up."""
         total = len(self.moved) + len(self.kept)
-        text = f"moved {len(self.moved)} of {total} nodes to {self.domain}"
+        did = "would move" if self.dry_run else "moved"
+        text = f"{did} {len(self.moved)} of {total} nodes to {self.domain}"
         text += f", for {self.target}" if self.target else ""
         return text + (f"; {self.already} were there before" if self.already else "")
 
@@ -153,12 +156,14 @@ class PrepackReport(Report):
         packed: Nodes whose weights were packed.
         kept: Nodes whose weights were not, each with a reason.
         already: How many nodes were packed for this target before.
+        dry_run: Whether nothing was changed.
     """
 
     target: str
     packed: tuple[NodeReport, ...] = ()
     kept: tuple[NodeReport, ...] = ()
     already: int = 0
+    dry_run: bool = False
 
     def after(self, retarget: RetargetReport) -> PrepackReport:
         """The report of both passes together."""
@@ -174,7 +179,8 @@ class PrepackReport(Report):
     def headline(self) -> str:
         """One line that sums it up."""
         total = len(self.packed) + len(self.kept)
-        text = f"packed {len(self.packed)} of {total} nodes for {self.target}"
+        did = "would pack" if self.dry_run else "packed"
+        text = f"{did} {len(self.packed)} of {total} nodes for {self.target}"
         return text + (f"; {self.already} were packed before" if self.already else "")
 
     def changed(self) -> tuple[NodeReport, ...]:
@@ -253,15 +259,18 @@ class FuseReport(Report):
         name: Name of the pass, as in "bias".
         fused: Nodes that it changed.
         kept: Nodes that it looked at and left, each with a reason.
+        dry_run: Whether nothing was changed.
     """
 
     name: str
     fused: tuple[NodeReport, ...] = ()
     kept: tuple[NodeReport, ...] = ()
+    dry_run: bool = False
 
     def headline(self) -> str:
         """One line that sums it up."""
-        return f"{self.name}: changed {len(self.fused)} of {len(self.fused) + len(self.kept)} nodes"
+        did = "would change" if self.dry_run else "changed"
+        return f"{self.name}: {did} {len(self.fused)} of {len(self.fused) + len(self.kept)} nodes"
 
     def changed(self) -> tuple[NodeReport, ...]:
         """The nodes that were changed."""
@@ -281,12 +290,14 @@ class CalibrateReport(Report):
         tokens: Of how many tokens; 0 if it has no input of that name.
         collected: Nodes whose inputs were seen; a warning where no token came to an expert.
         kept: Nodes with weights whose inputs were not, each with a reason.
+        dry_run: Whether nothing was written.
     """
 
     runs: int
     tokens: int
     collected: tuple[NodeReport, ...] = ()
     kept: tuple[NodeReport, ...] = ()
+    dry_run: bool = False
 
     def headline(self) -> str:
         """One line that sums it up."""

@@ -298,7 +298,7 @@ def test_verbose_logs_and_traces(folder, tmp_path):
         ("library", [], "names 'libortextensions.so' as custom_ops_library"),
         ("nothing", ["--sm", "90"], "does not ask for cuda"),
         ("nothing", ["--undo"], "qmoe_plugin is not installed there"),
-        ("nothing", ["--undo", "--strict"], "--undo goes with neither"),
+        ("nothing", ["--undo", "--strict"], "--undo does not go with --strict"),
         ("manifest", [], "qmoe_plugin.install.json is damaged"),
         ("outside", ["--undo"], "it names a file outside the folder"),
     ],

@@ -219,7 +219,7 @@ def test_the_dry_run_of_the_command(path, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        ([], 1, "say where to write the new model, or give --dry-run"),
+        ([], 1, "say where to write, or give --dry-run"),
         (["out.onnx", "--format", "int5"], 1, "format 'int5' is not known"),
         (["out.onnx", "--rule", "a=int4:7"], 1, "'int4:7': blocks of 7"),
         (["out.onnx", "--rule", "int4"], 2, "'int4' is no rule: write REGEX=FORMAT"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qmoe_plugin
-from qmoe_plugin.commands.output import show
+from qmoe_plugin.commands.output import add_output, check_output, show
 from qmoe_plugin.progress import Bar
 
 if TYPE_CHECKING:
@@ -18,7 +18,11 @@ def add(commands: Commands) -> None:
     """Adds it to the parser."""
     command = commands.add_parser("calibrate", help="run a float model to see what its weights see")
     command.add_argument("input", type=Path, metavar="MODEL", help="float ONNX model")
-    command.add_argument("output", type=Path, metavar="OUT", help="file for quantize --calibration")
+    add_output(
+        command,
+        help="file for quantize --calibration",
+        dry_run="run the model and say what was seen, but write nothing; needs no OUT",
+    )
     command.add_argument(
         "--data",
         type=Path,
@@ -38,6 +42,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_output(options)
     with Bar("runs") as bar:
         report = qmoe_plugin.calibrate(
             options.input,
@@ -47,6 +52,7 @@ def _run(options: argparse.Namespace) -> int:
             length=options.length,
             vocabulary=options.vocabulary,
             seed=options.seed,
+            dry_run=options.dry_run,
             progress=bar,
         )
     done = bool(report.collected)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import qmoe_plugin
+from qmoe_plugin.commands.output import add_output, check_output
 from qmoe_plugin.graph.fuse import PASSES
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def add(commands: Commands) -> None:
     """Adds it to the parser."""
     command = commands.add_parser("fuse", help="fuse nodes into our ops")
     command.add_argument("input", type=Path, metavar="IN", help="ONNX model")
-    command.add_argument("output", type=Path, metavar="OUT", help="where to write the new model")
+    add_output(command)
     command.add_argument(
         "--only",
         action="append",
@@ -31,7 +32,11 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    reports = qmoe_plugin.fuse(options.input, options.output, passes=options.only or PASSES)
+    check_output(options)
+    passes = options.only or PASSES
+    reports = qmoe_plugin.fuse(
+        options.input, options.output, passes=passes, dry_run=options.dry_run
+    )
     if options.json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))
     else:

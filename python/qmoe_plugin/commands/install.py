@@ -34,10 +34,11 @@ def add(commands: Commands) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if options.undo:
-        if options.dry_run or options.strict:
-            raise ValueError("--undo goes with neither --dry-run nor --strict")
-        removed = uninstall(options.folder)
-        print(json.dumps({"removed": removed}) if options.json else _undone(options, removed))
+        if options.strict:
+            raise ValueError("--undo does not go with --strict")
+        removed = uninstall(options.folder, dry_run=options.dry_run)
+        undone = {"removed": removed, "dry_run": options.dry_run}
+        print(json.dumps(undone) if options.json else _undone(options, removed))
         return 0
     report = install(
         options.folder,
@@ -55,4 +56,6 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _undone(options: argparse.Namespace, removed: list[str]) -> str:
+    if options.dry_run:
+        return f"would remove {', '.join(removed)}"
     return f"{options.folder} is as it was; removed {', '.join(removed)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmoe_plugin.commands.inputs import add_inputs, wanted
+from qmoe_plugin.commands.output import add_output, check_output
 from qmoe_plugin.graph.apply import write
 from qmoe_plugin.html_report import make_page
 
@@ -22,7 +23,12 @@ def add(commands: Commands) -> None:
         "report", help="write a page with bytes, errors, times and load of experts, as pictures"
     )
     command.add_argument("model", type=Path, metavar="MODEL", help="ONNX model")
-    command.add_argument("output", type=Path, metavar="OUT.html", help="where to write the page")
+    add_output(
+        command,
+        "OUT.html",
+        "where to write the page",
+        dry_run="measure and say what is missing, but write nothing; needs no OUT.html",
+    )
     command.add_argument(
         "--reference",
         type=Path,
@@ -38,6 +44,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_output(options)
     page, sections = make_page(
         options.model,
         options.reference,
@@ -45,13 +52,19 @@ def _run(options: argparse.Namespace) -> int:
         repeat=options.repeat,
         cpu=options.cpu,
     )
-    write(page.encode(), options.output)
+    if not options.dry_run:
+        write(page.encode(), options.output)
     missing = {section.title: section.missing for section in sections if section.missing}
     if options.json:
-        present = [section.title for section in sections if not section.missing]
-        print(json.dumps({"page": str(options.output), "present": present, "missing": missing}))
+        content = {
+            "page": None if options.output is None else str(options.output),
+            "present": [section.title for section in sections if not section.missing],
+            "missing": missing,
+            "dry_run": options.dry_run,
+        }
+        print(json.dumps(content))
     else:
-        print(f"wrote {options.output}")
+        print(f"{'would write' if options.dry_run else 'wrote'} {options.output or 'a page'}")
         for title, reason in missing.items():
             print(f"not available: {title}: {reason}")
     if missing and options.strict:

@@ -18,11 +18,18 @@ from qmoe_plugin.whole_file import whole_file
 if TYPE_CHECKING:
     from qmoe_plugin.graph.retarget import ChangeDomain
 
+NO_DRY_RUN = (
+    "dry_run is for a path, bytes or onnx.ModelProto; an onnx_ir.Model would be changed: give a "
+    "copy of it, without dry_run"
+)
+
 
 def apply(
     change: ChangeDomain,
     model: ir.Model | onnx.ModelProto | str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
+    *,
+    dry_run: bool = False,
 ) -> RetargetReport:
     """Applies the pass, in place or from file to file, and logs its report.
 
@@ -30,18 +37,22 @@ def apply(
         change: The pass.
         model: A model, changed in place, or the path of one.
         output: Where to write the changed model, if `model` is a path.
+        dry_run: Change a copy and write nothing; the path needs no `output` then.
     """
+    change.dry_run = dry_run
     if isinstance(model, (str, os.PathLike)):
-        if output is None:
+        if output is None and not dry_run:
             raise TypeError("a model given by its path needs `output`, the path to write to")
-        return _apply_to_file(change, Path(model), Path(output))
+        return _apply_to_file(change, Path(model), None if output is None else Path(output))
     if output is not None:
         raise TypeError("`output` is for models given by their path; others are changed in place")
     if isinstance(model, ir.Model):
+        if dry_run:
+            raise TypeError(NO_DRY_RUN)
         change(model)
     elif isinstance(model, onnx.ModelProto):
         decoded = ir.from_proto(model)
-        if change(decoded).modified:
+        if change(decoded).modified and not dry_run:
             copy_domains(decoded, model)
     else:
         raise TypeError(
@@ -85,13 +96,16 @@ def serialize(proto: onnx.ModelProto) -> bytes:
     return content
 
 
-def _apply_to_file(change: ChangeDomain, source: Path, output: Path) -> RetargetReport:
+def _apply_to_file(change: ChangeDomain, source: Path, output: Path | None) -> RetargetReport:
     proto = load(source)
     decoded = ir.from_proto(proto)
     if change(decoded).modified:
         copy_domains(decoded, proto)
-    provide_external_data(decoded, source.parent, output.parent)
-    write(serialize(proto), output)
+    if output is not None:
+        provide_external_data(decoded, source.parent, output.parent, dry_run=change.dry_run)
+        content = serialize(proto)
+        if not change.dry_run:
+            write(content, output)
     change.report.log()
     return change.report
 

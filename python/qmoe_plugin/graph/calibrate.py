@@ -44,7 +44,7 @@ _PREFIX = "qmoe_plugin.calibrate."
 
 def calibrate(
     model: PathLike,
-    output: PathLike,
+    output: PathLike | None = None,
     *,
     data: Iterable[PathLike | Mapping[str, Array]] = (),
     random: int = 0,
@@ -52,6 +52,7 @@ def calibrate(
     vocabulary: int | None = None,
     seed: int = 0,
     providers: Sequence[str] | None = None,
+    dry_run: bool = False,
     progress: Progress | None = None,
 ) -> CalibrateReport:
     """Runs a float model and writes how much each column of its weights matters.
@@ -62,7 +63,7 @@ def calibrate(
 
     Args:
         model: Path of the model, before it is quantised.
-        output: The file to write, see `qmoe_plugin.graph.calibration`.
+        output: The file to write, see `qmoe_plugin.graph.calibration`; None for a dry run only.
         data: Runs: arrays by the names of inputs; paths of .npz files with these, or of .npy files
             with tokens, [rows, length]. Missing masks, positions and caches are made up as for a
             prompt.
@@ -72,6 +73,7 @@ def calibrate(
         vocabulary: How many tokens there are; by default what the model says of its logits.
         seed: Of the random tokens.
         providers: As for `qmoe_plugin.session`.
+        dry_run: Run the model and say what was seen, but write nothing.
         progress: Called after each run, with the runs done, and all of them where it is known.
 
     Returns:
@@ -82,6 +84,8 @@ def calibrate(
     """
     from qmoe_plugin.session import session
 
+    if output is None and not dry_run:
+        raise TypeError("calibrate needs `output`, the path to write to")
     path = Path(model)
     decoded = read(path)
     collector = _Collector(decoded)
@@ -115,9 +119,10 @@ def calibrate(
             if progress is not None:
                 progress("runs", done, max(done, len(runs)))
     calibration, collected = collector.finish()
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    calibration.save(output)
-    report = CalibrateReport(done, tokens, tuple(collected), tuple(collector.kept))
+    if output is not None and not dry_run:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        calibration.save(output)
+    report = CalibrateReport(done, tokens, tuple(collected), tuple(collector.kept), dry_run)
     report.log()
     return report
 

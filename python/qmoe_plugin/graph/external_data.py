@@ -24,6 +24,9 @@ _FICLONE = 0x40049409
 _PIECE = 1 << 26
 """Bytes of a tensor that are copied at a time."""
 
+_SMALL = 1 << 20
+"""Bytes of a tensor that a dry run keeps: biases are looked at again."""
+
 
 def raw_bytes(
     tensor: ir.TensorProtocol, start: int = 0, count: int | None = None
@@ -88,6 +91,32 @@ class Memory:
         """Keeps a tensor whose bytes come in parts."""
         content = np.concatenate([part.reshape(-1) for part in parts])
         return ir.Tensor(content.view(dtype.numpy()).reshape(shape), dtype=dtype, name=name)
+
+
+class Discard:
+    """A `Store` for dry runs: of what a later pass does not look at, type and shape are left."""
+
+    def add(self, name: str, content: npt.NDArray[np.uint8]) -> ir.TensorProtocol:
+        """Takes a uint8 tensor [bytes]."""
+        return self.stream(name, ir.DataType.UINT8, content.shape, [content])
+
+    def stream(
+        self,
+        name: str,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        parts: Iterable[npt.NDArray[np.uint8]],
+    ) -> ir.TensorProtocol:
+        """Takes a tensor whose bytes come in parts, all of which are made: that may fail."""
+        if math.prod(shape) * dtype.bitwidth // 8 <= _SMALL:
+            return Memory().stream(name, dtype, shape, parts)
+        for _ in parts:
+            pass
+
+        def content() -> ir.TensorProtocol:
+            raise AssertionError(f"the bytes of '{name}' were not kept")
+
+        return ir.LazyTensor(content, dtype, ir.Shape(shape), name=name)
 
 
 class DataFile:
@@ -217,7 +246,9 @@ class DataFile:
         )
 
 
-def provide_external_data(model: ir.Model, source: Path, destination: Path) -> None:
+def provide_external_data(
+    model: ir.Model, source: Path, destination: Path, *, dry_run: bool = False
+) -> None:
     """Makes the external data of a model in folder `source` available to its copy in `destination`.
 
     In the same folder there is nothing to do. In another, files are copied; where the file system
@@ -228,12 +259,14 @@ def provide_external_data(model: ir.Model, source: Path, destination: Path) -> N
         model: The model; its tensors' base folder is not looked at.
         source: Folder of the model that was read.
         destination: Folder of the one that will be written; made if it is not there.
+        dry_run: Only look whether it can be done.
     """
-    destination.mkdir(parents=True, exist_ok=True)
+    if not dry_run:
+        destination.mkdir(parents=True, exist_ok=True)
     if destination.resolve() == source.resolve():
         return
     for relative in data_files(model):
-        _provide(source / relative, destination / relative)
+        _provide(source / relative, destination / relative, dry_run)
 
 
 def data_files(model: ir.Model) -> list[Path]:
@@ -252,7 +285,7 @@ def data_files(model: ir.Model) -> list[Path]:
     return files
 
 
-def _provide(source: Path, destination: Path) -> None:
+def _provide(source: Path, destination: Path, dry_run: bool) -> None:
     if not source.is_file():
         raise FileNotFoundError(f"the model keeps weights in {source}, but there is no such file")
     source = source.resolve()  # a link to a symbolic link would dangle elsewhere
@@ -263,6 +296,8 @@ def _provide(source: Path, destination: Path) -> None:
             f"{destination} is there already and is not the model's {source}; remove it, or write "
             "to another folder"
         )
+    if dry_run:
+        return
     destination.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(destination) as partial:
         _copy(source, partial)

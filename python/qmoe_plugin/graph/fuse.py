@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import overload
 
@@ -18,16 +19,23 @@ PASSES = ("moe", "bias", "zero-bias")
 
 
 @overload
-def fuse(model: Model, *, passes: Sequence[str] = ...) -> tuple[FuseReport, ...]: ...
+def fuse(
+    model: Model, *, passes: Sequence[str] = ..., dry_run: bool = ...
+) -> tuple[FuseReport, ...]: ...
 @overload
 def fuse(
-    model: PathLike | bytes, output: PathLike, *, passes: Sequence[str] = ...
+    model: PathLike | bytes,
+    output: PathLike | None = None,
+    *,
+    passes: Sequence[str] = ...,
+    dry_run: bool = ...,
 ) -> tuple[FuseReport, ...]: ...
 def fuse(
     model: Model | PathLike | bytes,
     output: PathLike | None = None,
     *,
     passes: Sequence[str] = PASSES,
+    dry_run: bool = False,
 ) -> tuple[FuseReport, ...]:
     """Fuses nodes of a model into our ops. What it computes stays the same.
 
@@ -45,6 +53,8 @@ def fuse(
             the path or the bytes of a model.
         output: Path of the new model. All its external data is in one new file, `<output>.data`.
         passes: Which of `PASSES`; they run in that order.
+        dry_run: Only say what would be done, of a path, bytes or an onnx.ModelProto. `output` is
+            then not needed.
 
     Returns:
         What each pass did, and why it left the rest. Also logged by the logger "qmoe_plugin".
@@ -55,7 +65,10 @@ def fuse(
     unknown = sorted(set(passes) - set(PASSES))
     if unknown:
         raise ValueError(f"no such pass: {', '.join(unknown)}; there are {', '.join(PASSES)}")
-    reports = rewrite(model, output, lambda decoded, store: _fuse(decoded, passes, store))
+    reports = rewrite(
+        model, output, lambda decoded, store: _fuse(decoded, passes, store), dry_run=dry_run
+    )
+    reports = tuple(dataclasses.replace(report, dry_run=dry_run) for report in reports)
     for report in reports:
         report.log()
     return reports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import overload
 
 import numpy as np
@@ -55,13 +56,21 @@ _TYPE_NAMES = {
 
 
 @overload
-def prepack(model: Model, *, sm: int | None = None) -> PrepackReport: ...
+def prepack(model: Model, *, sm: int | None = None, dry_run: bool = False) -> PrepackReport: ...
 @overload
 def prepack(
-    model: PathLike | bytes, output: PathLike, *, sm: int | None = None
+    model: PathLike | bytes,
+    output: PathLike | None = None,
+    *,
+    sm: int | None = None,
+    dry_run: bool = False,
 ) -> PrepackReport: ...
 def prepack(
-    model: Model | PathLike | bytes, output: PathLike | None = None, *, sm: int | None = None
+    model: Model | PathLike | bytes,
+    output: PathLike | None = None,
+    *,
+    sm: int | None = None,
+    dry_run: bool = False,
 ) -> PrepackReport:
     """Packs the weights of a model's nodes of our ops, so that sessions need not.
 
@@ -83,6 +92,8 @@ def prepack(
         sm: Compute capability of the GPU that the model will run on, from 80 on (90 = Hopper),
             which need not be here; None or 0 for the CPU. Unlike elsewhere, None is never what this
             machine has: a file should not depend on where it was made.
+        dry_run: Only say what would be done, of a path, bytes or an onnx.ModelProto. It takes as
+            long, as packing may fail. `output` is then not needed.
 
     Returns:
         Which nodes were packed, and which were not, with the reason.
@@ -90,7 +101,10 @@ def prepack(
     where = target(sm or 0)
     if 0 < where.sm < _FIRST_SM:
         raise ValueError(f"sm is {sm}; our CUDA kernels run from sm_{_FIRST_SM} on")
-    report = rewrite(model, output, lambda decoded, store: _prepack(decoded, where, store))
+    report = rewrite(
+        model, output, lambda decoded, store: _prepack(decoded, where, store), dry_run=dry_run
+    )
+    report = dataclasses.replace(report, dry_run=dry_run)
     report.log()
     return report
 

@@ -24,7 +24,7 @@ from qmoe_plugin.graph.quantize_nodes import (
 from qmoe_plugin.graph.quantize_rules import Rules, Spec
 from qmoe_plugin.graph.quantize_weights import SEARCHES, quantize_weight
 from qmoe_plugin.graph.retarget import DOMAIN_VERSION
-from qmoe_plugin.graph.rewrite import Model, PathLike, read, rewrite
+from qmoe_plugin.graph.rewrite import Model, PathLike, rewrite
 from qmoe_plugin.graph.routing import routing_products
 from qmoe_plugin.graph.walk import Body, bodies, label
 from qmoe_plugin.library import DOMAIN
@@ -114,7 +114,10 @@ def quantize(
     seen = None if calibration is None else Calibration.load(calibration)
     if dry_run:
         planned = Quantize(parsed, search, Memory(), calibration=seen, dry_run=True)
-        planned(read(model))
+        if isinstance(model, ir.Model):
+            planned(model)  # which plans, and changes nothing
+        else:
+            rewrite(model, output, lambda decoded, _: planned(decoded), dry_run=True)
         report = planned.report
     else:
 

@@ -37,11 +37,17 @@ Path = str | os.PathLike[str]
 
 
 @overload
-def retarget(model: Model, *, sm: int | None = None) -> RetargetReport: ...
+def retarget(model: Model, *, sm: int | None = None, dry_run: bool = False) -> RetargetReport: ...
 @overload
-def retarget(model: Path, output: Path, *, sm: int | None = None) -> RetargetReport: ...
 def retarget(
-    model: Model | Path, output: Path | None = None, *, sm: int | None = None
+    model: Path, output: Path | None = None, *, sm: int | None = None, dry_run: bool = False
+) -> RetargetReport: ...
+def retarget(
+    model: Model | Path,
+    output: Path | None = None,
+    *,
+    sm: int | None = None,
+    dry_run: bool = False,
 ) -> RetargetReport:
     """Moves the nodes of our ops (`OPS`) of a model from com.microsoft to our domain.
 
@@ -57,18 +63,24 @@ def retarget(
             copied.
         sm: Compute capability that the model will run on (90 = Hopper), 0 for the CPU; None for
             what this machine has.
+        dry_run: Only say what would be done, of a path or an onnx.ModelProto. `output` is then not
+            needed.
 
     Returns:
         Which nodes moved, with the kernels that will run them, and which stayed, with the reason.
     """
-    return apply(Retarget(target(sm)), model, output)
+    return apply(Retarget(target(sm)), model, output, dry_run=dry_run)
 
 
 @overload
-def unretarget(model: Model) -> RetargetReport: ...
+def unretarget(model: Model, *, dry_run: bool = False) -> RetargetReport: ...
 @overload
-def unretarget(model: Path, output: Path) -> RetargetReport: ...
-def unretarget(model: Model | Path, output: Path | None = None) -> RetargetReport:
+def unretarget(
+    model: Path, output: Path | None = None, *, dry_run: bool = False
+) -> RetargetReport: ...
+def unretarget(
+    model: Model | Path, output: Path | None = None, *, dry_run: bool = False
+) -> RetargetReport:
     """Undoes `retarget`: moves our nodes back to com.microsoft.
 
     A model that `retarget` changed is afterwards as it was before.
@@ -76,17 +88,18 @@ def unretarget(model: Model | Path, output: Path | None = None) -> RetargetRepor
     Args:
         model: As for `retarget`.
         output: As for `retarget`.
+        dry_run: As for `retarget`.
 
     Returns:
         Which nodes moved, and which stayed, with the reason.
     """
-    return apply(Unretarget(), model, output)
+    return apply(Unretarget(), model, output, dry_run=dry_run)
 
 
 class ChangeDomain(ir.passes.InPlacePass):
     """Moves nodes of our ops from one domain to another, unless `check` finds a reason not to.
 
-    `report` says what the last call did.
+    `report` says what the last call did; with `dry_run`, that it was to a copy.
     """
 
     source: str
@@ -96,6 +109,7 @@ class ChangeDomain(ir.passes.InPlacePass):
     def __init__(self) -> None:
         """Makes a pass; call it with a model."""
         super().__init__()
+        self.dry_run = False
         self.report = RetargetReport(self.destination, "")
 
     @abc.abstractmethod
@@ -129,7 +143,7 @@ class ChangeDomain(ir.passes.InPlacePass):
                 body.opset_imports.setdefault(self.destination, self.version)
                 self.drop_import(body.opset_imports, any(n.domain == DOMAIN for n in body.nodes()))
         self.report = RetargetReport(
-            self.destination, self.target_text(), tuple(moved), tuple(kept), already
+            self.destination, self.target_text(), tuple(moved), tuple(kept), already, self.dry_run
         )
         return ir.passes.PassResult(model, bool(moved))
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import onnx
 import onnx_ir as ir
 
-from qmoe_plugin.graph.apply import load, parse, serialize, write
-from qmoe_plugin.graph.external_data import DataFile, Memory, Store, data_files
+from qmoe_plugin.graph.apply import NO_DRY_RUN, load, parse, serialize, write
+from qmoe_plugin.graph.external_data import DataFile, Discard, Memory, Store, data_files
 from qmoe_plugin.graph.walk import external_tensors, replace_tensors
 
 Model = ir.Model | onnx.ModelProto
@@ -23,6 +23,8 @@ def rewrite(
     model: Model | PathLike | bytes,
     output: PathLike | None,
     change: Callable[[ir.Model, Store], Result],
+    *,
+    dry_run: bool = False,
 ) -> Result:
     """Applies a change that makes new weights.
 
@@ -32,6 +34,7 @@ def rewrite(
         output: Where to write the changed model, if `model` is a path or bytes. All its external
             data is in one new file, `<output>.data`. Both get their names when they are whole.
         change: Changes the model; what it makes goes to the store.
+        dry_run: Change a copy and write nothing; a path or bytes need no `output` then.
 
     Returns:
         What `change` returns.
@@ -40,6 +43,8 @@ def rewrite(
         ValueError: If the output would replace a file of the model, or the model holds something
             that would be lost.
     """
+    if dry_run:
+        return _try(model, output, change)
     if isinstance(model, (str, os.PathLike, bytes)):
         if output is None:
             raise TypeError("a path or bytes need `output`, the path to write to")
@@ -67,20 +72,42 @@ def read(model: Model | PathLike | bytes) -> ir.Model:
     return model if isinstance(model, ir.Model) else _decode(model, None)
 
 
+def _try(
+    model: Model | PathLike | bytes,
+    output: PathLike | None,
+    change: Callable[[ir.Model, Store], Result],
+) -> Result:
+    if isinstance(model, ir.Model):
+        raise TypeError(NO_DRY_RUN)
+    decoded = read(model)
+    if output is not None and isinstance(model, (str, os.PathLike)):
+        _check_files(Path(model), decoded, (Path(output), _data_path(Path(output))))
+    return change(decoded, Discard())
+
+
+def _data_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.data")
+
+
+def _check_files(model: Path, decoded: ir.Model, outputs: Sequence[Path]) -> None:
+    """Refuses to replace a file of the model."""
+    sources = [model, *(model.parent / file for file in data_files(decoded))]
+    for source in sources:
+        for made in outputs:
+            if made.exists() and made.samefile(source):
+                raise ValueError(
+                    f"{made} would replace a file of the original model, which is worth "
+                    "keeping: this cannot be undone. Write to another path"
+                )
+
+
 def _rewrite_to_file(
     model: PathLike | bytes, output: Path, change: Callable[[ir.Model, Store], Result]
 ) -> Result:
-    data = DataFile(output.with_name(f"{output.name}.data"))
+    data = DataFile(_data_path(output))
     decoded = read(model)
     if not isinstance(model, bytes):
-        sources = [Path(model), *(Path(model).parent / file for file in data_files(decoded))]
-        for source in sources:
-            for made in (output, data.path):
-                if made.exists() and made.samefile(source):
-                    raise ValueError(
-                        f"{made} would replace a file of the original model, which is worth "
-                        "keeping: this cannot be undone. Write to another path"
-                    )
+        _check_files(Path(model), decoded, (output, data.path))
     with data:
         result = change(decoded, data)
         replace_tensors(decoded, data.move)
