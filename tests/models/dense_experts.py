@@ -1,7 +1,8 @@
 """Tiny MoE models of transformers as torch.onnx exports them, their experts in single nodes.
 
 "batched_mm" and "eager" are transformers' own; "loop" is what optimum-onnx patches in, so that a
-trace has all experts; "dense" and "stacked" are the usual ways around NonZero, which not every
+trace has all experts; "scripted" is that as a function of TorchScript, which becomes a Loop, and
+"skipping" has an If in it; "dense" and "stacked" are the usual ways around NonZero, which not every
 runtime has: each expert, or all in one product, gets all tokens.
 """
 
@@ -140,10 +141,13 @@ EXPORTS = [
     ("mixtral", "batched_mm", "trace"),
     ("mixtral", "batched_mm", "dynamo"),
     ("mixtral", "loop", "trace"),
+    ("mixtral", "scripted", "trace"),
+    ("mixtral", "skipping", "trace"),
     ("mixtral", "dense", "trace"),
     ("mixtral", "stacked", "trace"),
     ("mixtral", "stacked", "dynamo"),
     ("qwen3_moe", "loop", "trace"),
+    ("qwen3_moe", "skipping", "trace"),
     ("qwen3_moe", "batched_mm", "dynamo"),
     ("olmoe", "loop", "dynamo"),
     ("olmoe", "dense", "trace"),
@@ -172,6 +176,51 @@ def _loop(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     return result
 
 
+@torch.jit.script  # type: ignore[untyped-decorator]
+def _one(
+    x: Tensor, place: Tensor, token: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    gate, up = functional.linear(x[token], gate_up).chunk(2, dim=-1)
+    part = functional.linear(functional.silu(gate) * up, down)
+    return part * weights[token, place, None]
+
+
+@torch.jit.script  # type: ignore[untyped-decorator]
+def _in_loop(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    result = torch.zeros_like(x)
+    mask = functional.one_hot(chosen, num_classes=gate_up.size(0)).permute(2, 1, 0)
+    for index in range(gate_up.size(0)):
+        place, token = torch.where(mask[index])
+        part = _one(x, place, token, weights, gate_up[index], down[index])
+        result = result.index_add(0, token, part)
+    return result
+
+
+@torch.jit.script  # type: ignore[untyped-decorator]
+def _in_loop_with_if(
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    result = torch.zeros_like(x)
+    mask = functional.one_hot(chosen, num_classes=gate_up.size(0)).permute(2, 1, 0)
+    for index in range(gate_up.size(0)):
+        place, token = torch.where(mask[index])
+        if token.numel() > 0:
+            part = _one(x, place, token, weights, gate_up[index], down[index])
+            result = result.index_add(0, token, part)
+    return result
+
+
+def _scripted(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    result: Tensor = _in_loop(x, chosen, weights, experts.gate_up_proj, experts.down_proj)
+    return result
+
+
+def _skipping(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    parts = experts.gate_up_proj, experts.down_proj
+    result: Tensor = _in_loop_with_if(x, chosen, weights, *parts)
+    return result
+
+
 def _all_weights(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     zeros = torch.zeros(x.shape[0], experts.num_experts, dtype=weights.dtype)
     return zeros.scatter(1, chosen, weights)
@@ -193,7 +242,13 @@ def _stacked(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor
     return (parts * factors.t().unsqueeze(-1)).sum(0)
 
 
-_OURS = {"loop": _loop, "dense": _dense, "stacked": _stacked}
+_OURS = {
+    "loop": _loop,
+    "scripted": _scripted,
+    "skipping": _skipping,
+    "dense": _dense,
+    "stacked": _stacked,
+}
 
 
 class _Logits(nn.Module):

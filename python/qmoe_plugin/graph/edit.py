@@ -77,3 +77,22 @@ def drop_weight(value: ir.Value | None) -> None:
         source = producer.inputs[0]
         value.graph.remove(producer, safe=True)
         drop_weight(source)
+
+
+def remove_unread(graph: ir.Graph, start: ir.Node) -> None:
+    """Removes a node that nobody reads, and what was computed for it alone."""
+    waiting = [start]
+    while waiting:
+        node = waiting.pop()
+        if node.graph is not graph:
+            continue  # removed before
+        if any(output.uses() or output.is_graph_output() for output in node.outputs):
+            continue
+        inputs = [value for value in node.inputs if value is not None]
+        graph.remove(node, safe=True)
+        for value in inputs:
+            producer = value.producer()
+            if producer is None:
+                drop_if_unused(value)
+            elif producer.graph is graph:
+                waiting.append(producer)

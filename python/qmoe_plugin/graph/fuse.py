@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qmoe_plugin.graph.external_data import Store
 from qmoe_plugin.graph.fuse_bias import DropZeroBias, FuseBias
-from qmoe_plugin.graph.fuse_moe import FuseMoE
+from qmoe_plugin.graph.fuse_nested import fuse_moe
 from qmoe_plugin.graph.rewrite import Model, PathLike, rewrite
 from qmoe_plugin.report import FuseReport
 
@@ -76,11 +76,9 @@ def fuse(
 
 def _fuse(model: ir.Model, passes: Sequence[str], store: Store) -> tuple[FuseReport, ...]:
     reports = []
-    for name, make in (
-        ("moe", FuseMoE),
-        ("bias", FuseBias),
-        ("zero-bias", DropZeroBias),
-    ):
+    if "moe" in passes:
+        reports.append(fuse_moe(model, store))
+    for name, make in (("bias", FuseBias), ("zero-bias", DropZeroBias)):
         if name in passes:
             change = make(store)
             change(model)

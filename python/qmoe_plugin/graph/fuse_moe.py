@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qmoe_plugin.graph.describe import UnsupportedError
-from qmoe_plugin.graph.edit import Names, add_initializer, drop_if_unused
+from qmoe_plugin.graph.edit import Names, add_initializer, remove_unread
 from qmoe_plugin.graph.external_data import Store
 from qmoe_plugin.graph.moe_activation import Activation, find_activation
 from qmoe_plugin.graph.moe_products import Product
@@ -165,7 +165,7 @@ def _prove(
     start = region.inputs[-1]
     part = Part([start], [region.output, region.logits, *region.inputs[:-1]], order, opsets)
     tokens = max(_FEWEST_TOKENS, _TOKENS_AN_EXPERT * region.count // region.k)
-    shape, sizes = _shape(start, tokens, hidden)
+    shape, sizes = shape_of_tokens(start, tokens, hidden)
     x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     output, logits, *forms = part.run([x], sizes)
     alike = [
@@ -247,7 +247,9 @@ def _value(name: str, array: Array) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
 
 
-def _shape(start: ir.Value, tokens: int, hidden: int) -> tuple[tuple[int, ...], dict[str, int]]:
+def shape_of_tokens(
+    start: ir.Value, tokens: int, hidden: int
+) -> tuple[tuple[int, ...], dict[str, int]]:
     """A shape of the activations with so many tokens, and the sizes of named dimensions."""
     if start.shape is None:
         return (2, -(-tokens // 2), hidden), {}
@@ -317,7 +319,7 @@ def _replace(match: _Match, graph: ir.Graph, names: Names, store: Store) -> None
     ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
     made.name, old.name = old.name, names.new(f"{old.name}.replaced")
     graph.insert_before(dead, nodes)
-    _remove_unread(graph, dead)
+    remove_unread(graph, dead)
 
 
 def _stream(store: Store, name: str, count: int, parts: Iterator[Array]) -> ir.TensorProtocol:
@@ -330,22 +332,3 @@ def _stream(store: Store, name: str, count: int, parts: Iterator[Array]) -> ir.T
 
     dtype = ir.DataType.from_numpy(first.dtype)
     return store.stream(name, dtype, (count, *first.shape), contents())
-
-
-def _remove_unread(graph: ir.Graph, start: ir.Node) -> None:
-    """Removes a node that nobody reads, and what was computed for it alone."""
-    waiting = [start]
-    while waiting:
-        node = waiting.pop()
-        if node.graph is not graph:
-            continue  # removed before
-        if any(output.uses() or output.is_graph_output() for output in node.outputs):
-            continue
-        inputs = [value for value in node.inputs if value is not None]
-        graph.remove(node, safe=True)
-        for value in inputs:
-            producer = value.producer()
-            if producer is None:
-                drop_if_unused(value)
-            elif producer.graph is graph:
-                waiting.append(producer)

@@ -73,7 +73,7 @@ def regions(topk: ir.Node, order: dict[ir.Node, int]) -> Iterator[Region]:
     """
     router = product_of(router_of(topk))
     assert router is not None  # as `is_anchor` said
-    inputs = _forms(router.activations)
+    inputs = views_of(router.activations)
     k_tensor = constant_tensor(topk, 1, "k")
     assert k_tensor is not None
     problem, found = "nothing brings what follows together again", 0
@@ -115,7 +115,7 @@ def is_anchor(node: ir.Node) -> bool:
     return len(products) == 1 and product_of(products[0]) is not None
 
 
-def _forms(value: ir.Value) -> tuple[ir.Value, ...]:
+def views_of(value: ir.Value) -> tuple[ir.Value, ...]:
     """A value, and what it is a view of."""
     forms = [value]
     while (producer := forms[-1].producer()) is not None:

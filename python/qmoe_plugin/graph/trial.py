@@ -14,6 +14,7 @@ from onnx import helper
 
 from qmoe_plugin.graph.describe import UnsupportedError
 from qmoe_plugin.graph.external_data import raw_bytes
+from qmoe_plugin.graph.flatten import reads
 from qmoe_plugin.library import DOMAIN, runtime
 
 Array = npt.NDArray[Any]
@@ -84,7 +85,7 @@ class Part:
         """What is computed from the inputs."""
         known = set(self._inputs)
         for node in order:
-            if not known.isdisjoint(value for value in node.inputs if value is not None):
+            if not known.isdisjoint(reads(node)):
                 known.update(node.outputs)
         return known
 
@@ -113,7 +114,7 @@ class Part:
             if node not in order:
                 raise UnsupportedError(f"'{value.name}' is computed in another graph")
             found.add(node)
-            waiting += [value for value in node.inputs if value is not None]
+            waiting += reads(node)
         self.nodes = sorted(found, key=order.__getitem__)
 
     def _shape_of(
