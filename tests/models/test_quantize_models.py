@@ -96,6 +96,8 @@ def test_weights_as_onnxruntime_had_them_until_1_22(
     onnx.save(model, old)
     for source, output in zip((path, old), quantized, strict=True):
         qmoe_plugin.quantize(source, output)
+    for output in quantized:
+        onnx.checker.check_model(output, full_check=True)
     first, second = (onnx.load(output) for output in quantized)
     assert first == second
 

@@ -222,6 +222,16 @@ def test_what_stays(options, why):
             np.testing.assert_array_equal(result, expected)
 
 
+def test_a_scan_stays():
+    proto = model()
+    (node,) = (node for node in proto.graph.node if node.op_type == "Loop")
+    node.op_type = "Scan"
+    (report, *_) = qmoe_plugin.fuse(proto)
+    (kept,) = report.kept
+    text = "its experts are in the Scan 'loop': only Loop and If can be written out"
+    assert kept.reason == text
+
+
 def test_one_of_two_layers():
     """What cannot be fused stays a Loop, beside a MoE."""
     first, second = model(), onnx.compose.add_prefix(model(activation="Tanh"), "b.")
