@@ -185,9 +185,14 @@ def _quantize(options: argparse.Namespace) -> int:
 
 def _prepack(options: argparse.Namespace) -> int:
     check_output(options)
-    report = qmoe_plugin.prepack(
-        options.input, options.output, sm=options.sm, dry_run=options.dry_run
-    )
+    with Bar("nodes") as bar:
+        report = qmoe_plugin.prepack(
+            options.input,
+            options.output,
+            sm=options.sm,
+            dry_run=options.dry_run,
+            progress=bar,
+        )
     failed = show(
         report, as_json=options.json, done=bool(report.packed), nothing="no node was packed"
     )

@@ -146,8 +146,8 @@ def _run(
     hint = ""
     if any(node.domain == STOCK_DOMAIN and node.op_type in OPS for node in proto.graph.node):
         hint = (
-            "; onnxruntime's own kernels ran its nodes of com.microsoft: to have ours run them, "
-            "retarget the model first"
+            "; onnxruntime's own kernels ran its nodes of com.microsoft: compare with another "
+            "model, or retarget the model first, to have ours run them"
         )
     with ort_errors(source.name, hint):
         session = open_as_is(proto, source.folder, providers)

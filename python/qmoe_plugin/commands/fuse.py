@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import qmoe_plugin
 from qmoe_plugin.commands.output import add_output, check_output
 from qmoe_plugin.graph.fuse import PASSES
+from qmoe_plugin.progress import Bar
 
 if TYPE_CHECKING:
     from qmoe_plugin.commands import Commands
@@ -34,9 +35,10 @@ def add(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     check_output(options)
     passes = options.only or PASSES
-    reports = qmoe_plugin.fuse(
-        options.input, options.output, passes=passes, dry_run=options.dry_run
-    )
+    with Bar("routers") as bar:
+        reports = qmoe_plugin.fuse(
+            options.input, options.output, passes=passes, dry_run=options.dry_run, progress=bar
+        )
     if options.json:
         print(json.dumps([report.to_dict() for report in reports], indent=2))
     else:

@@ -12,6 +12,7 @@ from qmoe_plugin.graph.external_data import Store
 from qmoe_plugin.graph.fuse_bias import DropZeroBias, FuseBias
 from qmoe_plugin.graph.fuse_nested import fuse_moe
 from qmoe_plugin.graph.rewrite import Model, PathLike, rewrite
+from qmoe_plugin.progress import Progress
 from qmoe_plugin.report import FuseReport
 
 PASSES = ("moe", "bias", "zero-bias")
@@ -20,7 +21,11 @@ PASSES = ("moe", "bias", "zero-bias")
 
 @overload
 def fuse(
-    model: Model, *, passes: Sequence[str] = ..., dry_run: bool = ...
+    model: Model,
+    *,
+    passes: Sequence[str] = ...,
+    dry_run: bool = ...,
+    progress: Progress | None = ...,
 ) -> tuple[FuseReport, ...]: ...
 @overload
 def fuse(
@@ -29,6 +34,7 @@ def fuse(
     *,
     passes: Sequence[str] = ...,
     dry_run: bool = ...,
+    progress: Progress | None = ...,
 ) -> tuple[FuseReport, ...]: ...
 def fuse(
     model: Model | PathLike | bytes,
@@ -36,6 +42,7 @@ def fuse(
     *,
     passes: Sequence[str] = PASSES,
     dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[FuseReport, ...]:
     """Fuses nodes of a model into our ops. What it computes stays the same.
 
@@ -55,6 +62,7 @@ def fuse(
         passes: Which of `PASSES`; they run in that order.
         dry_run: Only say what would be done, of a path, bytes or an onnx.ModelProto. `output` is
             then not needed.
+        progress: Called with the name of each router's TopK, those done and all.
 
     Returns:
         What each pass did, and why it left the rest. Also logged by the logger "qmoe_plugin".
@@ -66,7 +74,10 @@ def fuse(
     if unknown:
         raise ValueError(f"no such pass: {', '.join(unknown)}; there are {', '.join(PASSES)}")
     reports = rewrite(
-        model, output, lambda decoded, store: _fuse(decoded, passes, store), dry_run=dry_run
+        model,
+        output,
+        lambda decoded, store: _fuse(decoded, passes, store, progress),
+        dry_run=dry_run,
     )
     reports = tuple(dataclasses.replace(report, dry_run=dry_run) for report in reports)
     for report in reports:
@@ -74,10 +85,12 @@ def fuse(
     return reports
 
 
-def _fuse(model: ir.Model, passes: Sequence[str], store: Store) -> tuple[FuseReport, ...]:
+def _fuse(
+    model: ir.Model, passes: Sequence[str], store: Store, progress: Progress | None
+) -> tuple[FuseReport, ...]:
     reports = []
     if "moe" in passes:
-        reports.append(fuse_moe(model, store))
+        reports.append(fuse_moe(model, store, progress))
     for name, make in (("bias", FuseBias), ("zero-bias", DropZeroBias)):
         if name in passes:
             change = make(store)

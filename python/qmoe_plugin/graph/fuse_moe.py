@@ -32,6 +32,7 @@ from qmoe_plugin.graph.retarget import DOMAIN_VERSION
 from qmoe_plugin.graph.trial import Part, run_nodes
 from qmoe_plugin.graph.walk import Body, bodies, label
 from qmoe_plugin.library import DOMAIN
+from qmoe_plugin.progress import Progress
 from qmoe_plugin.report import FuseReport, NodeReport
 
 Array = npt.NDArray[Any]
@@ -77,11 +78,17 @@ class _Match:
 class FuseMoE(ir.passes.InPlacePass):
     """Makes a MoE of the nodes between a TopK over experts and the sum. `report` says of which."""
 
-    def __init__(self, store: Store) -> None:
-        """Makes a pass; weights that have to be put together go to the store."""
+    def __init__(self, store: Store, progress: Progress | None = None) -> None:
+        """Makes a pass.
+
+        Args:
+            store: Takes weights that have to be put together.
+            progress: Called with the name of each TopK, those done and all.
+        """
         super().__init__()
         self.report = FuseReport("moe")
         self._store = store
+        self._progress = progress or (lambda what, done, total: None)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Changes the model, and sets `report`."""
@@ -89,18 +96,20 @@ class FuseMoE(ir.passes.InPlacePass):
         fused: list[NodeReport] = []
         done: set[ir.Node] = set()
         left: list[tuple[ir.Node, NodeReport]] = []
-        for body in bodies(model):
-            for topk in [node for node in body.nodes() if is_anchor(node)]:
-                name, router = label(topk), router_of(topk)
-                if router in done:
-                    continue
-                try:
-                    change = self._fuse(topk, body, names)
-                except UnsupportedError as error:
-                    left.append((router, NodeReport(name, "TopK", body.function, str(error))))
-                    continue
-                done.add(router)
-                fused.append(NodeReport(name, "TopK", body.function, change=change))
+        anchors = [(n, body) for body in bodies(model) for n in body.nodes() if is_anchor(n)]
+        for place, (topk, body) in enumerate(anchors):
+            name = label(topk)
+            self._progress(name, place, len(anchors))
+            router = router_of(topk)
+            if router in done:
+                continue
+            try:
+                change = self._fuse(topk, body, names)
+            except UnsupportedError as error:
+                left.append((router, NodeReport(name, "TopK", body.function, str(error))))
+                continue
+            done.add(router)
+            fused.append(NodeReport(name, "TopK", body.function, change=change))
         # One router may have several TopK, of groups of experts too.
         kept = [report for router, report in left if router not in done]
         self.report = FuseReport("moe", tuple(fused), tuple(kept))

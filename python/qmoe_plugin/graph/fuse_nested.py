@@ -21,6 +21,7 @@ from qmoe_plugin.graph.moe_products import product_of
 from qmoe_plugin.graph.moe_region import is_anchor, router_of, views_of
 from qmoe_plugin.graph.trial import Part
 from qmoe_plugin.graph.walk import label
+from qmoe_plugin.progress import Progress
 from qmoe_plugin.report import FuseReport
 
 _TOKENS = (1, 24)
@@ -37,12 +38,13 @@ class _Nested:
     nodes: tuple[ir.Node, ...]
 
 
-def fuse_moe(model: ir.Model, store: Store) -> FuseReport:
+def fuse_moe(model: ir.Model, store: Store, progress: Progress | None = None) -> FuseReport:
     """Makes MoE of all dense experts of a model, see `FuseMoE`; changes the model.
 
     Args:
         model: The model.
         store: Takes weights that have to be put together.
+        progress: Called with the name of each TopK, those done and all.
     """
     found = {label(nested.topk): nested for nested in _find(model.graph)}
     problems = _problems(model, found) if found else {}
@@ -51,7 +53,7 @@ def fuse_moe(model: ir.Model, store: Store) -> FuseReport:
         if name not in problems:
             for node in nested.nodes:
                 flatten(node, names)
-    fuse = FuseMoE(store)
+    fuse = FuseMoE(store, progress)
     fuse(model)
     kept = (
         dataclasses.replace(node, reason=problems.get(node.name, node.reason))

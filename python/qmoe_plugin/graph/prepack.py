@@ -21,6 +21,7 @@ from qmoe_plugin.graph.rewrite import Model, PathLike, rewrite
 from qmoe_plugin.graph.walk import Body, bodies, label
 from qmoe_plugin.kernels import Problem
 from qmoe_plugin.library import DOMAIN, OPS, native
+from qmoe_plugin.progress import Progress
 from qmoe_plugin.report import KernelChoice, NodeReport, PrepackReport
 
 _FP8, _FP4 = "MatMulBlockQuantizedFp8Weight", "MatMulBlockQuantizedFp4Weight"
@@ -56,7 +57,13 @@ _TYPE_NAMES = {
 
 
 @overload
-def prepack(model: Model, *, sm: int | None = None, dry_run: bool = False) -> PrepackReport: ...
+def prepack(
+    model: Model,
+    *,
+    sm: int | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> PrepackReport: ...
 @overload
 def prepack(
     model: PathLike | bytes,
@@ -64,6 +71,7 @@ def prepack(
     *,
     sm: int | None = None,
     dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> PrepackReport: ...
 def prepack(
     model: Model | PathLike | bytes,
@@ -71,6 +79,7 @@ def prepack(
     *,
     sm: int | None = None,
     dry_run: bool = False,
+    progress: Progress | None = None,
 ) -> PrepackReport:
     """Packs the weights of a model's nodes of our ops, so that sessions need not.
 
@@ -94,6 +103,7 @@ def prepack(
             machine has: a file should not depend on where it was made.
         dry_run: Only say what would be done, of a path, bytes or an onnx.ModelProto. It takes as
             long, as packing may fail. `output` is then not needed.
+        progress: Called with the name of each node, the nodes done and all nodes.
 
     Returns:
         Which nodes were packed, and which were not, with the reason.
@@ -102,7 +112,10 @@ def prepack(
     if 0 < where.sm < _FIRST_SM:
         raise ValueError(f"sm is {sm}; our CUDA kernels run from sm_{_FIRST_SM} on")
     report = rewrite(
-        model, output, lambda decoded, store: _prepack(decoded, where, store), dry_run=dry_run
+        model,
+        output,
+        lambda decoded, store: _prepack(decoded, where, store, progress),
+        dry_run=dry_run,
     )
     report = dataclasses.replace(report, dry_run=dry_run)
     report.log()
@@ -112,17 +125,19 @@ def prepack(
 class Prepack(ir.passes.InPlacePass):
     """The pass behind `prepack`, for nodes that are in our domain. `report` says what it did."""
 
-    def __init__(self, where: Target, store: Store) -> None:
+    def __init__(self, where: Target, store: Store, progress: Progress | None = None) -> None:
         """Makes a pass.
 
         Args:
             where: The device to pack for.
             store: Makes tensors of packed bytes.
+            progress: Called with what is done.
         """
         super().__init__()
         self.target = where
         self.report = PrepackReport(str(where))
         self._store = store
+        self._progress = progress or (lambda what, done, total: None)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Changes the model, and sets `report`."""
@@ -130,19 +145,23 @@ class Prepack(ir.passes.InPlacePass):
         packed: list[NodeReport] = []
         kept: list[NodeReport] = []
         already = 0
-        for body in bodies(model):
-            for node in list(body.nodes()):
-                if node.domain != DOMAIN or node.op_type not in OPS:
-                    continue
-                try:
-                    if is_packed(node):
-                        describe(node).problems(self.target, 1)  # packed for the same device?
-                        already += 1
-                        continue
+        ours = [
+            (node, body)
+            for body in bodies(model)
+            for node in body.nodes()
+            if node.domain == DOMAIN and node.op_type in OPS
+        ]
+        for done, (node, body) in enumerate(ours, 1):
+            try:
+                if is_packed(node):
+                    describe(node).problems(self.target, 1)  # packed for the same device?
+                    already += 1
+                else:
                     weights = self._pack(node, body, names)
                     packed.append(_report(node, body, weights=tuple(map(str, weights))))
-                except UnsupportedError as error:
-                    kept.append(_report(node, body, reason=str(error)))
+            except UnsupportedError as error:
+                kept.append(_report(node, body, reason=str(error)))
+            self._progress(label(node), done, len(ours))
         self.report = PrepackReport(str(self.target), tuple(packed), tuple(kept), already)
         return ir.passes.PassResult(model, bool(packed))
 
@@ -242,8 +261,10 @@ def _report(
     return NodeReport(label(node), node.op_type, body.function, reason, weights=weights)
 
 
-def _prepack(model: ir.Model, where: Target, store: Store) -> PrepackReport:
-    retarget, pack = _RetargetForPacking(where), Prepack(where, store)
+def _prepack(
+    model: ir.Model, where: Target, store: Store, progress: Progress | None
+) -> PrepackReport:
+    retarget, pack = _RetargetForPacking(where), Prepack(where, store, progress)
     retarget(model)
     pack(model)
     return pack.report.after(retarget.report)
