@@ -222,6 +222,46 @@ def test_what_stays(options, why):
             np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize("make", [model, unrolled], ids=["loop", "ifs"])
+def test_an_if_behind_the_experts_stays(make):
+    """It depends on the TopK, too, and what it skips has nothing to do with experts."""
+    proto = make()
+    then = branch([helper.make_node("MatMul", ["out", "square"], ["turned"])], "turned")
+    other = branch([helper.make_node("Identity", ["out"], ["as_is"])], "as_is")
+    proto.graph.node.extend([
+        helper.make_node("ReduceMax", ["out"], ["most"], keepdims=0),
+        helper.make_node("Greater", ["most", "zero"], ["positive"]),
+        helper.make_node("If", ["positive"], ["end"], "if", then_branch=then, else_branch=other),
+    ])  # fmt: skip
+    square = weights(np.random.default_rng(3), (H, H))
+    proto.graph.initializer.append(numpy_helper.from_array(square, "square"))
+    proto.graph.output[0].name = "end"
+    before = results(copy.deepcopy(proto))
+    (report, *_) = qmoe_plugin.fuse(proto)
+    assert len(report.fused) == 1
+    op_types = [node.op_type for node in proto.graph.node]
+    assert [op_types.count(name) for name in ("MoE", "If", "Loop")] == [1, 1, 0]
+    for expected, result in zip(before, results(proto), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_experts_of_a_loop_that_is_not_all_stay():
+    """A Loop behind which more depends on the choice alone: there, nothing is a whole MoE."""
+    proto = model()
+    (loop,) = (node for node in proto.graph.node if node.op_type == "Loop")
+    body = loop.attribute[0].g
+    body.node.insert(0, helper.make_node("Add", ["before", "extra"], ["more"]))
+    for node in body.node[1:]:
+        node.input[:] = ["more" if name == "before" else name for name in node.input]
+    rng = np.random.default_rng(4)
+    proto.graph.initializer.append(numpy_helper.from_array(weights(rng, (H, H))[0], "extra"))
+    before = copy.deepcopy(proto)
+    (report, *_) = qmoe_plugin.fuse(proto)
+    assert report.fused == ()
+    assert "a MoE of its experts computes something else" in report.kept[0].reason
+    assert proto.graph.node == before.graph.node
+
+
 def test_a_scan_stays():
     proto = model()
     (node,) = (node for node in proto.graph.node if node.op_type == "Loop")

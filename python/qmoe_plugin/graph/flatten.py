@@ -59,22 +59,23 @@ def check(node: ir.Node) -> bool:
     """
     if node.op_type not in ("Loop", "If") or node.domain != "":
         raise UnsupportedError("only Loop and If can be written out")
-    (body,) = _taken(node)
+    body = _taken(node)
     if node.op_type == "Loop":
         _check_loop(node, body)
-    nested = [inner for inner in body if any(True for _ in _graphs(inner))]
-    if any(not holds_products(inner) for inner in nested):
-        raise UnsupportedError(f"{label(nested[0])} in it has graphs of its own")
+    nested = [inner for inner in body if next(_graphs(inner), None) is not None]
+    for inner in nested:
+        if not holds_products(inner):
+            raise UnsupportedError(f"the {inner.op_type} '{label(inner)}' in it is no expert")
     conditions = [check(inner) for inner in nested]  # all of them, as each may refuse
     return node.op_type == "If" or any(conditions)
 
 
-def _taken(node: ir.Node) -> list[ir.Graph]:
+def _taken(node: ir.Node) -> ir.Graph:
     """The graph of a Loop; of an If the one with products."""
     graphs = [g for g in _graphs(node) if any(n.op_type in _PRODUCTS for n in g.all_nodes())]
     if len(graphs) != 1:
         raise UnsupportedError("both branches of it have matrix products")
-    return graphs
+    return graphs[0]
 
 
 def _check_loop(node: ir.Node, body: ir.Graph) -> None:
@@ -103,23 +104,31 @@ def _number(value: ir.Value | None) -> int | None:
     return None if tensor is None or tensor.size != 1 else int(tensor.numpy().reshape(-1)[0])
 
 
-def flatten(node: ir.Node, names: Names) -> None:
+def flatten(node: ir.Node, names: Names) -> list[ir.Node]:
     """Replaces a node that passed `check` by what it runs; its outputs keep their names.
 
     Args:
         node: A Loop or If of a graph.
         names: Those of the model.
+
+    Returns:
+        The new nodes.
     """
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     made: list[ir.Node] = []
     results = _Writer(graph, names, made).results(node, {})
+    for place, value in enumerate(results):
+        if value.producer() not in made or value in results[:place]:  # it keeps its name
+            name = names.new(f"{label(node)}.result")
+            made.append(ir.Node("", "Identity", [value], name=name))
+            results[place] = made[-1].outputs[0]
+            results[place].name = name
     graph.insert_before(node, made)
     for old, new in zip(node.outputs, results, strict=True):
-        new.type, new.shape = new.type or old.type, new.shape or old.shape
+        new.type, new.shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        if new.producer() in made:
-            new.name, old.name = old.name, names.new(f"{old.name}.replaced")
+        new.name, old.name = old.name, names.new(f"{old.name}.replaced")
     conditions = [value.producer() for value in node.inputs if value is not None]
     for inner in [n for body in _graphs(node) for n in body.all_nodes()]:
         for index in range(len(inner.inputs)):
@@ -128,6 +137,7 @@ def flatten(node: ir.Node, names: Names) -> None:
     for start in (*reversed(made), *conditions):
         if start is not None and start.graph is graph:
             remove_unread(graph, start)
+    return [new for new in made if new.graph is graph]
 
 
 class _Writer:
@@ -138,7 +148,7 @@ class _Writer:
 
     def results(self, node: ir.Node, known: dict[ir.Value, ir.Value]) -> list[ir.Value]:
         """What a Loop or If gives; `known` are values that were written anew."""
-        (body,) = _taken(node)
+        body = _taken(node)
         if node.op_type == "If":
             return self._body(body, dict(known))
         carried = [self._value(value, known) for value in node.inputs[2:]]

@@ -78,9 +78,19 @@ def _find(graph: ir.Graph) -> Iterator[_Nested]:
             known.update(node.outputs)
             if node not in taken and holds_products(node):
                 found.append(node)
-                taken.add(node)
-        if found:
-            yield _Nested(nodes[place], tuple(found))
+        if not found:
+            continue
+        # A Loop has all experts, an If one; what comes behind them is something else.
+        count = _count(nodes[place]) if found[0].op_type == "If" else 1
+        taken.update(found[:count])
+        yield _Nested(nodes[place], tuple(found[:count]))
+
+
+def _count(topk: ir.Node) -> int:
+    """How many experts a TopK selects from."""
+    router = product_of(router_of(topk))
+    assert router is not None  # as `is_anchor` said
+    return router.n
 
 
 def _problems(model: ir.Model, found: Mapping[str, _Nested]) -> dict[str, str]:
@@ -88,12 +98,12 @@ def _problems(model: ir.Model, found: Mapping[str, _Nested]) -> dict[str, str]:
     trial = model.clone()
     names = Names(trial)
     problems: dict[str, str] = {}
+    made: dict[str, list[ir.Node]] = {}
     for nested in _find(trial.graph):
         name = label(nested.topk)
         try:
             conditions = [check(node) for node in nested.nodes]
-            for node in nested.nodes:
-                flatten(node, names)
+            made[name] = [new for node in nested.nodes for new in flatten(node, names)]
             if any(conditions):
                 _compare(model.graph, trial.graph, found[name])
         except UnsupportedError as error:
@@ -105,6 +115,8 @@ def _problems(model: ir.Model, found: Mapping[str, _Nested]) -> dict[str, str]:
     for name in found:
         if name not in fused:
             problems.setdefault(name, reasons.get(name, "it is no Mixture of Experts"))
+        elif any(node.graph is not None for node in made.get(name, ())):
+            problems.setdefault(name, "it holds something else, too")
     return {
         name: f"its experts are in the {node.op_type} '{label(node)}': {problem}"
         for name, problem in problems.items()
