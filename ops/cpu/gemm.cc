@@ -10,26 +10,39 @@
 #include "ops/error.h"
 #include "ops/registry.h"
 
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace qmoe_plugin {
 namespace {
 
-enum Level { kReference, kAvx2, kAvx512 };
+enum Level { kReference, kAvx2, kAvxVnni, kAvx512, kAmx };
 
 /// The highest level that QMOE_PLUGIN_CPU_ISA allows; read each time, so that a test may change it.
 Level AllowedLevel() {
   const char* value = std::getenv("QMOE_PLUGIN_CPU_ISA");
   const std::string_view name = value == nullptr ? "" : value;
-  if (name.empty() || name == "avx512") return kAvx512;
+  if (name.empty() || name == "amx") return kAmx;
+  if (name == "avx512") return kAvx512;
+  if (name == "avxvnni") return kAvxVnni;
   if (name == "avx2") return kAvx2;
   if (name == "reference") return kReference;
-  FailInvalid("environment variable QMOE_PLUGIN_CPU_ISA is '", name,
-              "'; allowed are reference, avx2 and avx512, or leave it unset for the best level");
+  FailInvalid(
+      "environment variable QMOE_PLUGIN_CPU_ISA is '", name,
+      "'; allowed are reference, avx2, avxvnni, avx512 and amx, or leave it unset for the best "
+      "level");
 }
 
 #if defined(__x86_64__)
 bool Avx2Available() {
   return AllowedLevel() >= kAvx2 && __builtin_cpu_supports("avx2") &&
          __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool AvxVnniAvailable() {
+  return AllowedLevel() >= kAvxVnni && __builtin_cpu_supports("avxvnni") && Avx2Available();
 }
 
 bool Avx512Available() {
@@ -39,6 +52,21 @@ bool Avx512Available() {
 }
 
 bool VnniAvailable() { return Avx512Available() && __builtin_cpu_supports("avx512vnni"); }
+
+/// Asks Linux for tiles, which are 8 KB more of each thread's state. The answer holds for all threads
+/// of the process, those that there are already too. Kernels before 5.16 say no, and so does one that
+/// finds a thread with a signal stack that is too small.
+bool TilesPermitted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+}
+
+/// That the processor supports amx-bf16 means that XCR0 has both states of tiles, too.
+bool AmxAvailable() {
+  return AllowedLevel() >= kAmx && Avx512Available() && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") && TilesPermitted();
+}
 
 /// vdpbf16ps has twice the rate of float32 multiply-adds on AMD's processors, but half of it on
 /// Intel's, where the exact kernels are faster.
@@ -59,16 +87,21 @@ std::string Refuse(const GemmProblem& problem) {
 /// Rounding a row of activations takes about as long as the products of 32 columns of y save.
 constexpr int64_t kMinRoundingColumns = 64;
 
-/// Refuse, and what asks for more exact sums or would not be faster.
+/// Refuse, and what would not be faster.
+std::string RefuseNarrow(const GemmProblem& problem) {
+  if (problem.n < kMinRoundingColumns)
+    return Concat("is not faster than kernels that read activations as they are below ",
+                  kMinRoundingColumns, " output features, here ", problem.n);
+  return Refuse(problem);
+}
+
+/// RefuseNarrow, and what asks for more exact sums.
 template <AccuracyLevel kLevel>
 std::string RefuseRounding(const GemmProblem& problem) {
   if (problem.accuracy_level < kLevel)
     return Concat("rounds activations, which only accuracy_level ", kLevel,
                   kLevel < 4 ? " or more" : "", " allows, not ", problem.accuracy_level);
-  if (problem.n < kMinRoundingColumns)
-    return Concat("is not faster than exact kernels below ", kMinRoundingColumns,
-                  " output features, here ", problem.n);
-  return Refuse(problem);
+  return RefuseNarrow(problem);
 }
 
 Codes CodesOf(const Format& format) {
@@ -104,14 +137,15 @@ struct Family {
   const char* arithmetic;  // for the support table
 };
 
-/// The exact kernels, which take any block size alike.
+/// The exact kernels that read float32, which take any block size alike.
 GemmKernel SelectExact(const CpuIsa& isa, int bits, Codes codes, int) {
   return {isa.gemm(bits, codes), kFloatsOf32, nullptr};
 }
 
 #if defined(__x86_64__)
+/// The kernels that read activations as they store them.
 template <GemmKernel (*kSelect)(int, Codes, int)>
-GemmKernel SelectRounding(const CpuIsa&, int bits, Codes codes, int block) {
+GemmKernel SelectStoring(const CpuIsa&, int bits, Codes codes, int block) {
   return kSelect(bits, codes, block);
 }
 #endif
@@ -147,14 +181,21 @@ void RegisterCpuKernels() {
   Register({"gemm_reference", &kCpuReference, SelectExact, 0, ReferenceAvailable, Refuse, kExact});
 #if defined(__x86_64__)
   constexpr const char* kInt8 = "accuracy_level 4, activations rounded to int8";
+  constexpr const char* kBf16 = "accuracy_level 3 or 4, activations rounded to bfloat16";
   Register({"gemm_avx2", &kCpuAvx2, SelectExact, 10, Avx2Available, Refuse, kExact});
-  Register({"gemm_avx2_int8", &kCpuAvx2, SelectRounding<Avx2Int8Gemm>, 25, Avx2Available,
+  Register({"gemm_avx2_int8", &kCpuAvx2, SelectStoring<Avx2Int8Gemm>, 25, Avx2Available,
             RefuseRounding<4>, kInt8});
   Register({"gemm_avx512", &kCpuAvx512, SelectExact, 20, Avx512Available, Refuse, kExact});
-  Register({"gemm_avx512_bf16", &kCpuAvx512, SelectRounding<Avx512Bf16Gemm>, 30, Bf16Available,
-            RefuseRounding<3>, "accuracy_level 3 or 4, activations rounded to bfloat16"});
-  Register({"gemm_avx512_vnni", &kCpuAvx512, SelectRounding<Avx512VnniGemm>, 40, VnniAvailable,
+  Register({"gemm_avx512_bf16", &kCpuAvx512, SelectStoring<Avx512Bf16Gemm>, 30, Bf16Available,
+            RefuseRounding<3>, kBf16});
+  Register({"gemm_avx512_vnni", &kCpuAvx512, SelectStoring<Avx512VnniGemm>, 40, VnniAvailable,
             RefuseRounding<4>, kInt8});
+  Register({"gemm_avxvnni", &kCpuAvx2, SelectStoring<AvxVnniGemm>, 35, AvxVnniAvailable,
+            RefuseRounding<4>, kInt8});
+  Register({"gemm_amx", &kCpuAvx512, SelectStoring<AmxGemm>, 22, AmxAvailable, RefuseNarrow,
+            "float32 activations as three bfloat16 parts"});
+  Register({"gemm_amx_bf16", &kCpuAvx512, SelectStoring<AmxBf16Gemm>, 50, AmxAvailable,
+            RefuseRounding<3>, kBf16});
 #endif
 }
 

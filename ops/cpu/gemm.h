@@ -106,6 +106,9 @@ extern const CpuIsa kCpuAvx512;
 GemmKernel Avx512Bf16Gemm(int bits, Codes codes, int block);
 GemmKernel Avx512VnniGemm(int bits, Codes codes, int block);
 GemmKernel Avx2Int8Gemm(int bits, Codes codes, int block);
+GemmKernel AvxVnniGemm(int bits, Codes codes, int block);
+GemmKernel AmxGemm(int bits, Codes codes, int block);  // exact
+GemmKernel AmxBf16Gemm(int bits, Codes codes, int block);
 #endif
 
 /// What Kernel::launch points to: one instruction set's functions for one format.

@@ -19,78 +19,8 @@ namespace qmoe_plugin {
 namespace {
 
 #include "ops/cpu/vec_avx512.inc"
-
-// A decoder turns 4 consecutive k of a dword, which start at bit kShift of its first byte and lie
-// one a byte, into two vectors of bfloat16 pairs: k and k + 2, k + 1 and k + 3. That is how the
-// bytes fall into 16-bit words, and the activations lie in that order, too: Fill. The numbers are
-// 1 / kUnit times w' of gemm_blocks.inc.
-
-/// Looks codes of 2 or 4 bits up in a register. vpermw reads the low five bits of a word only, so
-/// the codes above need no masking: the table repeats.
-template <int Bits>
-struct TableDecoder {
-  static constexpr int kBits = Bits;
-  static constexpr float kUnit = 1;
-  explicit TableDecoder(const float* table) {
-    alignas(64) uint16_t words[32];
-    Vec::StoreBFloat16(words, _mm512_loadu_ps(table));
-    Vec::StoreBFloat16(words + 16, _mm512_loadu_ps(table));
-    values = _mm512_load_si512(words);
-  }
-  template <int kShift>
-  QMOE_SIMD void Decode(Vec::I codes, Vec::I (&w)[2]) const {
-    w[0] = _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, kShift), values);
-    w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi32(codes, kShift + 8), values);
-  }
-  Vec::I values;
-};
-
-/// 8-bit codes that mean code - 128, by way of float32: made two's complement and moved to the top
-/// of a dword, they are 2^24 times as much, and the upper half of the float is all of it.
-struct SignedDecoder {
-  static constexpr int kBits = 8;
-  static constexpr float kUnit = 1.0f / (1 << 24);
-  explicit SignedDecoder(const float*) {}
-  template <int>
-  QMOE_SIMD static void Decode(Vec::I codes, Vec::I (&w)[2]) {
-    codes = _mm512_xor_si512(codes, _mm512_set1_epi32(int(0x80808080)));
-    const Vec::I top = _mm512_set1_epi32(int(0xff000000));
-    w[0] = Pair(_mm512_slli_epi32(codes, 24), _mm512_and_si512(_mm512_slli_epi32(codes, 8), top));
-    w[1] = Pair(_mm512_and_si512(_mm512_slli_epi32(codes, 16), top), _mm512_and_si512(codes, top));
-  }
-  QMOE_SIMD static Vec::I Pair(Vec::I low, Vec::I high) {
-    const Vec::I a = _mm512_castps_si512(_mm512_cvtepi32_ps(low));
-    const Vec::I b = _mm512_castps_si512(_mm512_cvtepi32_ps(high));
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
-  }
-};
-
-/// e4m3: a shift and an addition to the exponent make it bfloat16, but for subnormals: vdpbf16ps
-/// takes those of bfloat16 as zero, so they are looked up.
-struct E4M3Decoder {
-  static constexpr int kBits = 8;
-  static constexpr float kUnit = 1;
-  explicit E4M3Decoder(const float* table) {
-    alignas(64) uint16_t words[32];
-    Vec::StoreBFloat16(words, _mm512_loadu_ps(table));
-    Vec::StoreBFloat16(words + 16, _mm512_loadu_ps(table));
-    subnormals = _mm512_load_si512(words);
-  }
-  template <int>
-  QMOE_SIMD void Decode(Vec::I codes, Vec::I (&w)[2]) const {
-    w[0] = Pair(_mm512_and_si512(codes, _mm512_set1_epi16(255)));
-    w[1] = Pair(_mm512_srli_epi16(codes, 8));
-  }
-  QMOE_SIMD Vec::I Pair(Vec::I code) const {
-    const Vec::I shifted = _mm512_and_si512(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(0x7f0));
-    const Vec::I normal = _mm512_add_epi16(shifted, _mm512_set1_epi16(120 << 7));
-    const __mmask32 small = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x78));
-    const Vec::I magnitude = _mm512_mask_permutexvar_epi16(normal, small, code, subnormals);
-    const Vec::I sign = _mm512_and_si512(code, _mm512_set1_epi16(128));
-    return _mm512_or_si512(magnitude, _mm512_slli_epi16(sign, 8));
-  }
-  Vec::I subnormals;
-};
+//
+#include "ops/cpu/bf16_decoders.inc"
 
 /// An arithmetic of gemm_blocks.inc.
 template <class Decoder, int K>

@@ -28,8 +28,8 @@ LIBRARY = Variable(
 )
 CPU_ISA = Variable(
     "QMOE_PLUGIN_CPU_ISA",
-    "Highest CPU instruction set to use: reference, avx2 or avx512. Read by the library when a "
-    "session is made.",
+    "Highest CPU instruction set to use: reference, avx2, avxvnni, avx512 or amx. Read by the "
+    "library when a session is made.",
 )
 
 VARIABLES = (LIBRARY, CPU_ISA)

@@ -63,8 +63,30 @@ inline GemmArgs ArgsOf(const PackedWeights& w, const CpuGemm& gemm, int64_t expe
 }
 
 /// Whether the kernel is for accuracy_level 3 or 4.
-inline bool RoundsActivations(const Kernel& kernel) {
-  return static_cast<const CpuGemm*>(kernel.launch)->blocks32.store != nullptr;
+inline bool RoundsActivations(const Kernel& kernel) { return !kernel.refuse({.n = 64}).empty(); }
+
+/// Rows of floats as the kernel reads them; `row_bytes` becomes the bytes from one to the next.
+inline std::vector<uint8_t> StoredRows(const GemmKernel& gemm, const std::vector<float>& x,
+                                       int64_t k_padded, int64_t& row_bytes) {
+  const int64_t rows = int64_t(x.size()) / k_padded;
+  row_bytes = k_padded / 32 * gemm.bytes_of_32;
+  std::vector<uint8_t> stored(rows * row_bytes);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* const from = &x[r * k_padded];
+    if (gemm.store)
+      gemm.store(from, 0, k_padded, &stored[r * row_bytes]);
+    else
+      std::memcpy(&stored[r * row_bytes], from, k_padded * 4);
+  }
+  return stored;
+}
+
+/// Whether two results are the same bits; any NaN is the same as any other.
+inline bool SameBits(const float* a, const float* b, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (std::memcmp(a + i, b + i, sizeof *a) != 0 && !(std::isnan(a[i]) && std::isnan(b[i])))
+      return false;
+  return true;
 }
 
 /// `all` are the results of args: the same rows in smaller batches, and picked by an index, must
@@ -80,12 +102,12 @@ inline void ExpectSameRows(GemmArgs args, const GemmKernel& gemm, const std::vec
     args.y = part.data();
     args.row_index = nullptr;
     gemm.gemm(args);
-    EXPECT(std::memcmp(part.data(), all.data(), (m * columns) * 4) == 0, what, ": ", m,
+    EXPECT(SameBits(part.data(), all.data(), m * columns), what, ": ", m,
            " rows give other bits than ", rows);
     args.row_index = index.data();
     gemm.gemm(args);
     for (int64_t r = 0; r < m; ++r)
-      EXPECT(std::memcmp(&part[r * columns], &all[index[r] * columns], columns * 4) == 0, what,
+      EXPECT(SameBits(&part[r * columns], &all[index[r] * columns], columns), what,
              ": wrong row by index");
   }
 }

@@ -1,9 +1,11 @@
-// The CPU kernels against double loops over what the RowReader delivers: every format, instruction
-// set, block size, scale and zero point type, with tails in rows, columns and K. That results have
-// the same bits whatever the batch and the vector width. Activations and conversions.
+// The exact CPU kernels against double loops over what the RowReader delivers: every format,
+// instruction set, block size, scale and zero point type, with tails in rows, columns and K. That
+// results have the same bits whatever the batch, and those of AVX2 and AVX-512 whichever it is.
+// Activations and conversions.
 #include <cstdlib>
 #include <cstring>
 
+#include "tests/cpp/emulated/kernels.h"
 #include "tests/cpp/gemm_testing.h"
 
 using namespace qmoe_plugin;
@@ -26,17 +28,18 @@ void TestKernels(const Shape& shape) {
   std::vector<float> simd;  // all rows at once by the first SIMD kernel
   for (const Kernel* kernel : CpuKernels(shape.format)) {
     if (RoundsActivations(*kernel)) continue;  // test_cpu_levels.cc
-    const CpuGemm& gemm = *static_cast<const CpuGemm*>(kernel->launch);
+    const CpuGemm& cpu = *static_cast<const CpuGemm*>(kernel->launch);
+    const GemmKernel& gemm = cpu.For(shape.block);
     const std::string what = kernel->name + ": " + shape.Describe();
     float table[256];
-    GemmArgs args = ArgsOf(packed, gemm, expert, table);
+    GemmArgs args = ArgsOf(packed, cpu, expert, table);
     std::vector<float> all(rows * columns);
-    args.x = x.data();
-    args.row_bytes = kp * 4;
+    const std::vector<uint8_t> stored = StoredRows(gemm, x, kp, args.row_bytes);
+    args.x = stored.data();
     args.ldy = columns;
     args.rows = rows;
     args.y = all.data();
-    gemm.blocks32.gemm(args);
+    gemm.gemm(args);
     double worst = 0;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t n = 0; n < shape.n; ++n) {
@@ -47,8 +50,8 @@ void TestKernels(const Shape& shape) {
       }
     }
     EXPECT(worst < 1e-6, what, ": error ", worst, " of the sum of magnitudes");
-    ExpectSameRows(args, gemm.blocks32, all, what);
-    if (gemm.isa == &kCpuReference) continue;
+    ExpectSameRows(args, gemm, all, what);
+    if (cpu.isa == &kCpuReference || gemm.store) continue;
     if (simd.empty()) simd = all;
     EXPECT(std::memcmp(simd.data(), all.data(), all.size() * 4) == 0, what,
            ": other bits than the other vector width");
@@ -72,6 +75,42 @@ void TestAllKernels() {
     TestKernels({format, 1, 64, 2880, 0, DType::kFloat16});
   }
 }
+
+/// Any number of rows, which kernels cut into tiles in different ways.
+void TestRowCounts() {
+  const Shape shape{&GetFormat("int4"), 1, 40, 288, 32, DType::kFloat16, ZeroPoints::kPacked, true};
+  const Weights weights(shape);
+  const PackedWeights packed = PackToHost(RowReader(weights.projection), false, Layout::kCpuPanel16,
+                                          ScalePolicy::kFloat16IfExact);
+  const int64_t rows = 200, kp = packed.shape.k_padded, columns = packed.shape.row_tiles * 16;
+  std::vector<float> x(rows * kp);
+  for (float& value : x) value = Gauss();
+  for (const Kernel* kernel : CpuKernels(shape.format)) {
+    const CpuGemm& cpu = *static_cast<const CpuGemm*>(kernel->launch);
+    const GemmKernel& gemm = cpu.For(shape.block);
+    float table[256];
+    GemmArgs args = ArgsOf(packed, cpu, 0, table);
+    const std::vector<uint8_t> stored = StoredRows(gemm, x, kp, args.row_bytes);
+    std::vector<float> single(rows * columns);
+    args.ldy = columns;
+    args.rows = 1;
+    for (int64_t r = 0; r < rows; ++r) {
+      args.x = &stored[r * args.row_bytes];
+      args.y = &single[r * columns];
+      gemm.gemm(args);
+    }
+    args.x = stored.data();
+    for (args.rows = 1; args.rows <= rows; args.rows += args.rows < 40 ? 1 : 7) {
+      std::vector<float> y((args.rows + 1) * columns, 77.0f);
+      args.y = y.data();
+      gemm.gemm(args);
+      EXPECT(SameBits(y.data(), single.data(), args.rows * columns), kernel->name, ": ", args.rows,
+             " rows give other bits than each alone");
+      EXPECT(y[args.rows * columns] == 77, kernel->name, " wrote behind ", args.rows, " rows");
+    }
+  }
+}
+
 /// Relative errors over a grid; of tails below 1e-4, what they are off by counts.
 void TestActivations() {
   for (const CpuIsa* isa : Isas()) {
@@ -143,7 +182,9 @@ void TestConversions() {
 
 int main() {
   unsetenv("QMOE_PLUGIN_CPU_ISA");
+  RegisterEmulatedKernels(-1000);
   TestAllKernels();
+  TestRowCounts();
   TestActivations();
   TestConversions();
   std::printf("%d checks, %d failures; levels:", checks, failures);

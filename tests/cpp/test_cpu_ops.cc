@@ -10,6 +10,7 @@
 #include "ops/matmul_nbits/matmul_nbits.h"
 #include "ops/qmoe/qmoe.h"
 #include "tests/cpp/cpu_testing.h"
+#include "tests/cpp/emulated/kernels.h"
 
 using namespace qmoe_plugin;
 
@@ -294,7 +295,7 @@ void TestMoes() {
 }
 
 /// The same token alone and in a batch gives the same bits.
-void TestBatchInvariance() {
+void TestBatchInvariance(AccuracyLevel level) {
   Weights fc1({&GetFormat("int4"), 8, 96, 64, 32, DType::kFloat16, ZeroPoints::kNone, true});
   Weights fc2({&GetFormat("int4"), 8, 64, 96, 32, DType::kFloat16, ZeroPoints::kNone, true});
   MoeConfig config;
@@ -303,6 +304,7 @@ void TestBatchInvariance() {
   config.experts = 8;
   config.topk = 3;
   config.activation.type = Activation::kSilu;
+  config.accuracy_level = level;
   const auto op =
       MakeQMoe(Device{}, config, {fc1.projection, RowOrder::kAsStored, fc2.projection, {}});
   const int64_t tokens = 65;
@@ -322,7 +324,7 @@ void TestBatchInvariance() {
   const std::vector<float> all = run(0, tokens);
   for (int64_t t = 0; t < tokens; ++t)
     EXPECT(std::memcmp(run(t, 1).data(), &all[t * 64], 64 * 4) == 0, "token ", t,
-           " alone has other bits than in the batch");
+           " alone has other bits than in the batch at level ", level);
 }
 
 void TestRouting() {
@@ -369,7 +371,7 @@ void TestRouting() {
 }
 void TestIsaVariable() {
   const GemmProblem problem{.format = &GetFormat("int4"), .n = 16, .k = 32, .block_size = 32};
-  for (const char* level : {"reference", "avx2", "avx512"}) {
+  for (const char* level : {"reference", "avx2", "avxvnni", "avx512", "amx"}) {
     setenv("QMOE_PLUGIN_CPU_ISA", level, 1);
     const std::string name = Select(Device{}, problem).name;
     EXPECT(std::string(level) != "reference" || name == "gemm_reference.int4", level, " gives ",
@@ -386,16 +388,41 @@ void TestIsaVariable() {
   }
   unsetenv("QMOE_PLUGIN_CPU_ISA");
 }
+
+void TestOps() {
+  TestMatMuls();
+  TestMoes();
+  TestFloatFormats();
+  for (AccuracyLevel level : {0, 3, 4}) TestBatchInvariance(level);
+}
+
+/// Both ops on kernels that this processor may not have.
+void TestEmulatedKernels() {
+  RegisterEmulatedKernels(1000);
+  const auto selected = [](const char* format, AccuracyLevel level, int64_t n) {
+    return Select(Device{}, {.format = &GetFormat(format), .n = n, .accuracy_level = level}).name;
+  };
+  if (selected("int4", 0, 64) != "emulated_amx.int4") return;  // no AVX-512
+  for (AccuracyLevel level : {1, 2}) {
+    EXPECT(selected("fp8_e4m3", level, 64) == "emulated_amx.fp8_e4m3", "level ", level);
+    EXPECT(selected("codebook4", level, 64) == "gemm_avx512.codebook4", "rounded codebook");
+    EXPECT(selected("float16", level, 64) == "gemm_avx512.float16", "rounded weights");
+    EXPECT(selected("int4", level, 48) == "gemm_avx512.int4", "few columns");
+  }
+  for (AccuracyLevel level : {3, 4}) {
+    EXPECT(selected("int4", level, 64) == "emulated_amx_bf16.int4", "level ", level);
+    EXPECT(selected("codebook4", level, 64) == "emulated_amx_bf16.codebook4", "level ", level);
+  }
+  TestOps();
+}
 }  // namespace
 
 int main() {
   unsetenv("QMOE_PLUGIN_CPU_ISA");
   TestRouting();
-  TestMatMuls();
-  TestMoes();
-  TestFloatFormats();
-  TestBatchInvariance();
+  TestOps();
   TestIsaVariable();
+  TestEmulatedKernels();
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures != 0;
 }
