@@ -181,21 +181,24 @@ void RegisterCpuKernels() {
   Register({"gemm_reference", &kCpuReference, SelectExact, 0, ReferenceAvailable, Refuse, kExact});
 #if defined(__x86_64__)
   constexpr const char* kInt8 = "accuracy_level 4, activations rounded to int8";
-  constexpr const char* kBf16 = "accuracy_level 3 or 4, activations rounded to bfloat16";
   Register({"gemm_avx2", &kCpuAvx2, SelectExact, 10, Avx2Available, Refuse, kExact});
   Register({"gemm_avx2_int8", &kCpuAvx2, SelectStoring<Avx2Int8Gemm>, 25, Avx2Available,
             RefuseRounding<4>, kInt8});
   Register({"gemm_avx512", &kCpuAvx512, SelectExact, 20, Avx512Available, Refuse, kExact});
   Register({"gemm_avx512_bf16", &kCpuAvx512, SelectStoring<Avx512Bf16Gemm>, 30, Bf16Available,
-            RefuseRounding<3>, kBf16});
+            RefuseRounding<3>, "accuracy_level 3 or 4, activations rounded to bfloat16"});
   Register({"gemm_avx512_vnni", &kCpuAvx512, SelectStoring<Avx512VnniGemm>, 40, VnniAvailable,
             RefuseRounding<4>, kInt8});
+  // Not yet run on processors that have them: tests/cpp/emulated.
   Register({"gemm_avxvnni", &kCpuAvx2, SelectStoring<AvxVnniGemm>, 35, AvxVnniAvailable,
-            RefuseRounding<4>, kInt8});
+            RefuseRounding<4>,
+            "accuracy_level 4, activations rounded to int8; so far run in emulation only"});
   Register({"gemm_amx", &kCpuAvx512, SelectStoring<AmxGemm>, 22, AmxAvailable, RefuseNarrow,
-            "float32 activations as three bfloat16 parts"});
-  Register({"gemm_amx_bf16", &kCpuAvx512, SelectStoring<AmxBf16Gemm>, 50, AmxAvailable,
-            RefuseRounding<3>, kBf16});
+            "activations in three bfloat16 parts, float32 sums; so far run in emulation only"});
+  Register(
+      {"gemm_amx_bf16", &kCpuAvx512, SelectStoring<AmxBf16Gemm>, 50, AmxAvailable,
+       RefuseRounding<3>,
+       "accuracy_level 3 or 4, activations rounded to bfloat16; so far run in emulation only"});
 #endif
 }
 

@@ -11,18 +11,22 @@
 //   gemm_avx512_bf16.<format>   accuracy_level 3 and 4: AVX512_BF16 (AMD's), activations and weights
 //                               (before their scales) rounded to bfloat16, sums in float32
 //   gemm_avx2_int8.<format>     accuracy_level 4: AVX2, activations rounded to int8
+//   gemm_avxvnni.<format>       accuracy_level 4: AVX-VNNI, activations rounded to int8
 //   gemm_avx512_vnni.<format>   accuracy_level 4: AVX512_VNNI, activations rounded to int8
+//   gemm_amx.<format>           any level: AMX-BF16, activations cut into three bfloat16 parts
+//   gemm_amx_bf16.<format>      accuracy_level 3 and 4: AMX-BF16, rounded as gemm_avx512_bf16 does
 //
-// These are there for the formats that they are faster with; ops/cpu/gemm_blocks.inc says what they
-// compute. Of the kernels that the node's accuracy_level and the processor allow, the one with the
-// highest priority runs; environment variable QMOE_PLUGIN_CPU_ISA = reference | avx2 | avx512
-// forbids the instruction sets above.
+// These are there for the formats that they are faster with (gemm_amx: whose values are bfloat16
+// numbers); ops/cpu/gemm_blocks.inc says what they compute. Of the kernels that the node's
+// accuracy_level and the processor allow, the one with the highest priority runs; environment
+// variable QMOE_PLUGIN_CPU_ISA = reference | avx2 | avxvnni | avx512 | amx forbids the instruction
+// sets above.
 //
 // Sums are the same whatever the number of rows, threads or tasks: an element adds up the products
 // of a stretch of k in order (a block, or 128 k of a longer one), starting from zero, and then the
 // stretches in order, each times its scale. So a token's result depends neither on the tokens it is
 // computed with nor on the machine's cores (nor, as they do the same operations, on whether it has
-// AVX-512 or only AVX2).
+// AVX-512 or only AVX2; tiles have an order of their own).
 //
 // Rule for the gemm_<isa>.cc files, which are compiled with that ISA's flags: they must not define
 // anything that another object may define too. An inline function or template of a shared header

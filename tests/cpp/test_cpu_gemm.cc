@@ -76,6 +76,46 @@ void TestAllKernels() {
   }
 }
 
+/// Rows with one number that is large, small, odd or not finite.
+void TestOddValues(const char* format) {
+  const Shape shape{&GetFormat(format), 1, 80, 64, 32};
+  const Weights weights(shape);
+  const RowReader reader(weights.projection);
+  const std::vector<double> w = Dequantize(reader);
+  const PackedWeights packed =
+      PackToHost(reader, false, Layout::kCpuPanel16, ScalePolicy::kFloat16IfExact);
+  constexpr float kOdd[] = {1e30f, 1.2345678f, -7e-20f, 3e-39f, INFINITY, -INFINITY, NAN};
+  constexpr int64_t kCount = std::size(kOdd), kPlace = 37;
+  std::vector<float> x(kCount * shape.k);
+  for (int64_t r = 0; r < kCount; ++r) x[r * shape.k + kPlace] = kOdd[r];
+  for (const Kernel* kernel : CpuKernels(shape.format)) {
+    if (RoundsActivations(*kernel)) continue;
+    const CpuGemm& cpu = *static_cast<const CpuGemm*>(kernel->launch);
+    const GemmKernel& gemm = cpu.For(shape.block);
+    float table[256];
+    GemmArgs args = ArgsOf(packed, cpu, 0, table);
+    const std::vector<uint8_t> stored = StoredRows(gemm, x, shape.k, args.row_bytes);
+    std::vector<float> y(kCount * shape.n);
+    args.x = stored.data();
+    args.ldy = shape.n;
+    args.rows = kCount;
+    args.y = y.data();
+    gemm.gemm(args);
+    for (int64_t r = 0; r < kCount; ++r) {
+      for (int64_t n = 0; n < shape.n; ++n) {
+        const double expected = w[n * shape.k + kPlace] * kOdd[r], got = y[r * shape.n + n];
+        const bool right = std::isfinite(expected)
+                               ? std::fabs(got - expected) <= 3e-7 * std::fabs(expected) + 1e-36
+                           : std::isnan(expected) ? std::isnan(got)
+                                                  : got == expected;
+        EXPECT(right, kernel->name, ": ", kOdd[r], " times ", w[n * shape.k + kPlace], " gives ",
+               got);
+      }
+    }
+    ExpectSameRows(args, gemm, y, kernel->name);
+  }
+}
+
 /// Any number of rows, which kernels cut into tiles in different ways.
 void TestRowCounts() {
   const Shape shape{&GetFormat("int4"), 1, 40, 288, 32, DType::kFloat16, ZeroPoints::kPacked, true};
@@ -185,6 +225,7 @@ int main() {
   RegisterEmulatedKernels(-1000);
   TestAllKernels();
   TestRowCounts();
+  for (const char* format : {"int2", "int4", "int8", "fp8_e4m3"}) TestOddValues(format);
   TestActivations();
   TestConversions();
   std::printf("%d checks, %d failures; levels:", checks, failures);

@@ -8,6 +8,7 @@ test_matmul_nbits.py, test_kernels.py.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -53,14 +54,22 @@ def relative_error(case: Case, tensors: dict[str, np.ndarray]) -> float:
     return float((error / error_scale(case, tensors)).max())
 
 
+def allow(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes it the highest instruction set, if there are kernels for it here."""
+    kernels = [k for k in qmoe_plugin.kernels() if re.match(rf"gemm_{isa}[._]", k.name)]
+    if not any(kernel.available for kernel in kernels):
+        pytest.skip(f"no kernel for {isa} runs here")
+    monkeypatch.setenv("QMOE_PLUGIN_CPU_ISA", isa)
+
+
 @on_each_case
-@pytest.mark.parametrize("isa", ["reference", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["reference", "avx2", "avxvnni", "avx512", "amx"])
 @pytest.mark.parametrize("level", [0, 3, 4])
 def test_outlier_channels(
     case: Case, isa: str, level: int, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """int8 gets coarser where a channel is large; bfloat16 and the exact kernels do not."""
-    monkeypatch.setenv("QMOE_PLUGIN_CPU_ISA", isa)
+    allow(isa, monkeypatch)
     error = relative_error(*with_outliers(at(case, level)))
     assert error < OUTLIER_TOLERANCE[level]
 
@@ -100,12 +109,12 @@ def test_a_level_says_what_it_costs(case: Case, level: int, library: str) -> Non
 
 
 @on_each_case
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512", "amx"])
 @pytest.mark.parametrize("level", [3, 4])
 def test_same_bits_with_any_number_of_threads(
     case: Case, isa: str, level: int, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QMOE_PLUGIN_CPU_ISA", isa)
+    allow(isa, monkeypatch)
     rows = {"tokens": 100} if case.op_type == "QMoE" else {"m": 100}
     case = at(case, level, **rows)
     tensors = case.tensors()
@@ -120,7 +129,7 @@ def test_int8_has_the_same_bits_on_all_instruction_sets(
     case = MatMulNBitsCase("int4", m=9, n=96, k=320, zero_points="packed", accuracy_level=4)
     tensors = case.tensors()
     kernels, results = set(), set()
-    for isa in ("avx2", "avx512"):
+    for isa in ("avx2", "avxvnni", "avx512"):
         monkeypatch.setenv("QMOE_PLUGIN_CPU_ISA", isa)
         kernels.add(kernel_at("int4", 4))
         results.add(bits_of(run(open_session(case.model(tensors)), feeds_of(tensors))))
