@@ -228,8 +228,9 @@ int main() {
   for (const char* format : {"int2", "int4", "int8", "fp8_e4m3"}) TestOddValues(format);
   TestActivations();
   TestConversions();
-  std::printf("%d checks, %d failures; levels:", checks, failures);
-  for (const CpuIsa* isa : Isas()) std::printf(" %s", isa->name);
+  std::printf("%d checks, %d failures; kernels of int4:", checks, failures);
+  for (const Kernel* kernel : CpuKernels(&GetFormat("int4")))
+    std::printf(" %s", kernel->stem.c_str());
   std::printf("\n");
   return failures != 0;
 }
