@@ -83,6 +83,8 @@ struct GemmKernel {
   int64_t bytes_of_32;
   /// Writes values [first, first + count) of a row, both multiples of 32. Null: rows are float32.
   void (*store)(const float* x, int64_t first, int64_t count, void* row);
+  /// A row by itself has other bits than among others, as exact as these.
+  bool single_differs = false;
 };
 inline constexpr int64_t kFloatsOf32 = 32 * sizeof(float);
 

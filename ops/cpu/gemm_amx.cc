@@ -1,6 +1,5 @@
 // GEMM on the tiles of AMX-BF16: tdpbf16ps, 8192 products an instruction. A single row, which would
-// leave tiles mostly empty, is multiplied on AVX-512 by the same operations in the same order, to the
-// same bits.
+// leave tiles mostly empty, is multiplied on AVX-512.
 
 // GCC 12's own intrinsics pass deliberately undefined vectors on; it warns about that in our code.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -26,37 +25,33 @@ namespace {
 
 inline constexpr int kHighHalf = int(0xffff0000);  // of a dword
 
-/// An arithmetic of gemm_blocks.inc: activations as a sum of bfloat16 numbers, one after the other
-/// multiplied like a tile. One is bfloat16(x). Three are all of a float32: its 24 bits are cut, not
-/// rounded, into three times 8. (Two would err by up to 2^-16, and by 2.4e-6 on average, which the
-/// exact kernels must not.)
+/// An arithmetic of gemm_blocks.inc: activations as a sum of bfloat16 numbers, for tiles. One is
+/// bfloat16(x). Three are all of a float32: its 24 bits are cut, not rounded, into three times 8.
+/// (Two would err by up to 2^-16, and by 2.4e-6 on average, which the exact kernels must not.)
+///
+/// A single row multiplies bfloat16(x) by the operations of a tile, in their order, to the same bits;
+/// but float32 as it is, once instead of three times: decode is fast at the price of other bits than
+/// a batch has.
 template <class Decoder, int K, int Pieces>
 struct PieceBlocks : Decoder {
   using Decoder::Decoder;
   static constexpr int kK = K, kStepK = 4, kPieces = Pieces;
+  static constexpr bool kWhole = Pieces > 1;
 
   struct Block {
     // x * kUnit, the largest piece first; of each four, the two in the middle are swapped.
     uint16_t x[Pieces][K];
-    float sum;       // of x
-    int32_t pieces;  // those behind are all zero
+    float whole[kWhole ? K : 1];  // x * kUnit in order, for a single row
+    float sum;                    // of x
+    int32_t pieces;               // those behind are all zero
   };
 
   struct Acc {
-    Vec::F even[Pieces], odd[Pieces];
+    Vec::F even, odd;
   };
 
-  QMOE_SIMD static Acc Start(const Block&) {
-    Acc acc;
-    for (int p = 0; p < Pieces; ++p) acc.even[p] = acc.odd[p] = Vec::Zero();
-    return acc;
-  }
-
-  QMOE_SIMD static Vec::F Sum(const Acc& acc) {
-    Vec::F sum = Vec::Zero();
-    for (int p = Pieces - 1; p >= 0; --p) sum = Vec::Add(sum, Vec::Add(acc.even[p], acc.odd[p]));
-    return sum;
-  }
+  QMOE_SIMD static Acc Start(const Block&) { return {Vec::Zero(), Vec::Zero()}; }
+  QMOE_SIMD static Vec::F Sum(const Acc& acc) { return Vec::Add(acc.even, acc.odd); }
 
   QMOE_SIMD static Vec::F Scale(Vec::F sum, const Block&) { return sum; }
 
@@ -77,17 +72,20 @@ struct PieceBlocks : Decoder {
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-          for (int p = 0; p < Pieces; ++p) {
+        for (int m = 0; m < M; ++m) {
+          Acc& sums = acc[m][c];
+          if constexpr (kWhole) {
+            const float* const k = x[m][at].whole + 4 * J + i;
+            sums.even = Vec::Fma(LowerOf(w[i]), Vec::Set(k[0]), sums.even);
+            sums.odd = Vec::Fma(UpperOf(w[i]), Vec::Set(k[2]), sums.odd);
+          } else {
             int32_t pair;
-            __builtin_memcpy(&pair, x[m][at].x[p] + 4 * J + 2 * i, sizeof pair);
-            Vec::F& even = acc[m][c].even[p];
-            Vec::F& odd = acc[m][c].odd[p];
+            __builtin_memcpy(&pair, x[m][at].x[0] + 4 * J + 2 * i, sizeof pair);
             const Vec::I pairs = Vec::SetI(pair);
-            even = Vec::Fma(LowerOf(w[i]), LowerOf(pairs), even);
-            odd = Vec::Fma(UpperOf(w[i]), UpperOf(pairs), odd);
+            sums.even = Vec::Fma(LowerOf(w[i]), LowerOf(pairs), sums.even);
+            sums.odd = Vec::Fma(UpperOf(w[i]), UpperOf(pairs), sums.odd);
           }
+        }
     }
   }
 
@@ -104,6 +102,7 @@ struct PieceBlocks : Decoder {
     __mmask16 used[Pieces] = {};
     for (int i = 0; i < K; i += Vec::kLanes) {
       Vec::F rest = Vec::Mul(Vec::Load(x + i), Vec::Set(Decoder::kUnit));
+      if constexpr (kWhole) Vec::Store(block.whole + i, rest);
       Vec::I pieces[Pieces];
       if constexpr (Pieces == 1) {
         uint16_t rounded[Vec::kLanes];
@@ -147,7 +146,7 @@ struct PieceBlocks : Decoder {
 };
 
 /// A single row is multiplied without tiles: a prototype was twice as fast so, and a little slower
-/// with two. Three pieces of four panels have 24 running sums.
+/// with two.
 inline constexpr int kTileRows[] = {1};
 inline constexpr int kMaxRows = 1;
 
@@ -195,7 +194,7 @@ void GemmOfAnyRows(const GemmArgs& args) {
 
 template <class T>
 GemmKernel AmxKernel() {
-  return {GemmOfAnyRows<T>, BlocksGemm<T>().bytes_of_32, StoreBlocks<T>};
+  return {GemmOfAnyRows<T>, BlocksGemm<T>().bytes_of_32, StoreBlocks<T>, T::kWhole};
 }
 
 template <class Decoder, int Pieces>

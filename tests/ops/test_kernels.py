@@ -18,7 +18,7 @@ from helpers.cases import Case, feeds_of
 from helpers.kernel_check import cases_that_reach
 from helpers.quick import quick_cases
 from helpers.run import bits_of, open_session, run, run_case
-from helpers.tolerance import check
+from helpers.tolerance import allowed_error, check
 
 import qmoe_plugin
 from qmoe_plugin import formats
@@ -118,7 +118,11 @@ def run_in_child(kernel: str, isa: str) -> None:
 
 @pytest.mark.parametrize("format_name", ALL_FORMATS)
 def test_a_token_does_not_depend_on_its_neighbours(format_name: str) -> None:
-    """On the CPU, the result of a token is the same bits whatever else is in the batch."""
+    """On the CPU, the result of a token is the same bits whatever else is in the batch.
+
+    But on AMX, where a single row of an expert is not worth a tile and sums are rounded otherwise.
+    """
+    tiles = any(k.name.startswith("gemm_amx.") and k.available for k in qmoe_plugin.kernels())
     for case in quick_cases(format_name):
         if case.op_type not in ("QMoE", "MoE") or case.tokens < 5 or case.rank != 2:
             continue
@@ -126,4 +130,8 @@ def test_a_token_does_not_depend_on_its_neighbours(format_name: str) -> None:
         session = open_session(case.model(tensors))
         for token in (0, case.tokens - 1):
             alone = run(session, {k: v[token : token + 1] for k, v in feeds_of(tensors).items()})
-            assert bits_of(alone[0]) == bits_of(together[token])
+            if tiles:
+                scale = allowed_error(case, tensors)[token] * 2
+                assert (np.abs(alone[0] - together[token].astype(np.float64)) <= scale).all()
+            else:
+                assert bits_of(alone[0]) == bits_of(together[token])
