@@ -1,8 +1,9 @@
 """Writes the pages of docs/ that are generated: python ci/pages.py [--check]
 
-docs/command-line.md says what the parser of the command line knows, docs/benchmarks.md what the
-files of ci/bench/results hold. With --check nothing is written, and the exit code says whether the
-pages are current. (docs/support.md is written by `python -m qmoe_plugin kernels --markdown`.)
+docs/command-line.md says what the parser of the command line knows, docs/benchmarks.md, a part of
+docs/performance.md and pictures what the files of ci/bench/results hold. With --check nothing is
+written, and the exit code says whether the pages are current. (docs/support.md is written by
+`python -m qmoe_plugin kernels --markdown`.)
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_pages
+from gpu_pages import table as _table
+
 from qmoe_plugin.cli import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "ci" / "bench" / "results"
+BEGIN, END = "<!-- written by ci/pages.py -->", "<!-- end -->"
 
 
 def main() -> int:
@@ -24,8 +29,10 @@ def main() -> int:
     options.add_argument("--check", action="store_true", help="only compare")
     check = options.parse_args().check
     stale = []
-    for name, text in {"command-line": command_line(), "benchmarks": benchmarks()}.items():
-        page = ROOT / "docs" / f"{name}.md"
+    pages = {"command-line.md": command_line(), "benchmarks.md": benchmarks()}
+    pages |= {"performance.md": performance(), **gpu_pages.pictures(RESULTS)}
+    for name, text in pages.items():
+        page = ROOT / "docs" / name
         if not check:
             page.write_text(text)
         elif not page.exists() or page.read_text() != text:
@@ -129,32 +136,17 @@ def benchmarks() -> str:
         "what they are in the [performance log](performance-log.md).",
         "",
     ]
-    for path in sorted(RESULTS.glob("gpu-[!t]*.json")):
-        lines += _gpu(json.loads(path.read_text()))
+    lines += gpu_pages.sections(RESULTS)
     for path in sorted(RESULTS.glob("cpu-*.json")):
         lines += _cpu(json.loads(path.read_text()))
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _gpu(content: dict[str, Any]) -> list[str]:
-    rows = []
-    for case in content["cases"]:
-        for cell in case["cells"]:
-            rows.append((
-                case["name"], cell["tokens"], f"{cell['ours_us']:.0f}", f"{cell['stock_us']:.0f}",
-                f"{cell['speedup']:.2f}", f"{cell['floor_us']:.0f}", f"{cell['of_floor']:.0%}",
-            ))  # fmt: skip
-    header = ("layer", "tokens", "ours", "stock", "speedup", "floor", "ours of floor")
-    return [
-        f"## {content['device']}",
-        "",
-        "Microseconds of one layer in a CUDA graph, float16, onnxruntime-gpu "
-        f"{content['onnxruntime']}, {content['date'][:10]}. The floor is the least time that",
-        "memory or arithmetic takes.",
-        "",
-        *_table(header, rows),
-        "",
-    ]
+def performance() -> str:
+    """The page as it is, its part between BEGIN and END new."""
+    before, _, rest = (ROOT / "docs" / "performance.md").read_text().partition(f"{BEGIN}\n")
+    _, _, after = rest.partition(f"{END}\n")
+    return "\n".join([f"{before}{BEGIN}", *gpu_pages.overview(RESULTS), f"{END}\n{after}"])
 
 
 def _cpu(content: dict[str, Any]) -> list[str]:
@@ -176,11 +168,6 @@ def _cpu(content: dict[str, Any]) -> list[str]:
         *_table(("layer", "level", "tokens", "ours", "stock", "speedup"), rows),
         "",
     ]
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
 if __name__ == "__main__":
