@@ -15,18 +15,6 @@ std::deque<Kernel>& Storage() {
   return kernels;
 }
 
-const char* Name(GemmStage stage) {
-  switch (stage) {
-    case GemmStage::kFc1:
-      return "fc1";
-    case GemmStage::kFc2:
-      return "fc2";
-    case GemmStage::kDense:
-      break;
-  }
-  return "dense";
-}
-
 /// Why the kernel cannot run the problem on the device; empty if it can.
 std::string Refusal(const Kernel& kernel, const Device& device, const GemmProblem& problem) {
   if (kernel.available != nullptr && !kernel.available())
@@ -42,6 +30,18 @@ std::string Refusal(const Kernel& kernel, const Device& device, const GemmProble
 }
 
 }  // namespace
+
+const char* Name(GemmStage stage) {
+  switch (stage) {
+    case GemmStage::kFc1:
+      return "fc1";
+    case GemmStage::kFc2:
+      return "fc2";
+    case GemmStage::kDense:
+      break;
+  }
+  return "dense";
+}
 
 bool RegisterKernel(Kernel kernel) {
   Storage().push_back(std::move(kernel));

@@ -51,6 +51,9 @@ std::vector<Verdict> Explain(const Device& device, const GemmProblem& problem);
 /// The kernel that runs the problem; throws an Error with every refusal when there is none.
 const Kernel& Select(const Device& device, const GemmProblem& problem);
 
+/// "fc1", "fc2" or "dense".
+const char* Name(GemmStage stage);
+
 /// Short text of a problem for messages: "fc1 int4 block 32, 32 experts, 5760 x 2880, 4 rows,
 /// float16".
 std::string Describe(const GemmProblem& problem);

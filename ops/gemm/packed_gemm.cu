@@ -2,6 +2,7 @@
 #include <bit>
 
 #include "ops/common/cuda_host.h"
+#include "ops/common/nvtx.h"
 #include "ops/gemm/packed_gemm.cuh"
 
 namespace qmoe_plugin {
@@ -58,7 +59,18 @@ PackedGemm::Choice PackedGemm::Choose(int64_t rows) const {
     return kernel->refuse == nullptr || kernel->refuse(problem).empty();
   });
   const Kernel& kernel = chosen != candidates_.end() ? **chosen : Select(device_, problem);
-  return {GemmOf(kernel), GemmOf(kernel)->tile_rows(problem)};
+  return {&kernel, GemmOf(kernel)->tile_rows(problem)};
+}
+
+void PackedGemm::Launch(const Choice& choice, const CudaGemmArgs& args, cudaStream_t stream) const {
+  const NvtxRange range(Name(problem_.stage), choice.kernel->name);
+  choice.gemm().launch(args, stream);
+}
+
+void PackedGemm::LaunchRouted(const Choice& choice, const CudaGemmArgs& args,
+                              const FusedRoute& route, cudaStream_t stream) const {
+  const NvtxRange range(Name(problem_.stage), choice.kernel->name);
+  choice.gemm().launch_routed(args, route, stream);
 }
 
 CudaGemmArgs PackedGemm::Args(const Choice& choice) const {

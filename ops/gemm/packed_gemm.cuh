@@ -15,8 +15,10 @@ class PackedGemm {
  public:
   /// Which kernel runs, in tiles of how many rows.
   struct Choice {
-    const CudaGemm* gemm;
+    const Kernel* kernel;
     int tile_rows;
+
+    const CudaGemm& gemm() const { return *static_cast<const CudaGemm*>(kernel->launch); }
   };
 
   /// Brings the packed weights onto the device. `problem` says all but the rows of x.
@@ -30,6 +32,11 @@ class PackedGemm {
 
   /// Arguments with everything about the weights filled in.
   CudaGemmArgs Args(const Choice& choice) const;
+
+  /// Launches the chosen kernel, with a range of its name for profilers.
+  void Launch(const Choice& choice, const CudaGemmArgs& args, cudaStream_t stream) const;
+  void LaunchRouted(const Choice& choice, const CudaGemmArgs& args, const FusedRoute& route,
+                    cudaStream_t stream) const;
 
  private:
   void Upload(const PackSource& source);

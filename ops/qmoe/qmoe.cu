@@ -191,9 +191,10 @@ class CudaQMoe final : public QMoe {
       FusedRoute fused{.enabled = true, .x_is_tokens = true, .route = route, .sorted_row = nullptr};
       fused.route.scales = nullptr;
       fc1.tiles = fc2.tiles = nullptr;
-      b.fc1.gemm->launch_routed(fc1, fused, stream);
-      b.fc2.gemm->launch_routed(
-          fc2, {.enabled = true, .x_is_tokens = false, .route = route, .sorted_row = b.sorted_row},
+      fc1_.LaunchRouted(b.fc1, fc1, fused, stream);
+      fc2_.LaunchRouted(
+          b.fc2, fc2,
+          {.enabled = true, .x_is_tokens = false, .route = route, .sorted_row = b.sorted_row},
           stream);
     } else {
       LaunchRoute(route, stream);
@@ -211,9 +212,9 @@ class CudaQMoe final : public QMoe {
       fc1.overlap = overlap;
       fc1.tiles_are_new = true;
       if (Quantizes()) QuantizeX(b, tokens, fc1, stream);
-      b.fc1.gemm->launch(fc1, stream);
+      fc1_.Launch(b.fc1, fc1, stream);
       if (Quantizes()) QuantizeHidden(b, rows, stream);
-      b.fc2.gemm->launch(fc2, stream);
+      fc2_.Launch(b.fc2, fc2, stream);
     }
 
     LaunchUnpermute({.dtype = config_.dtype,
@@ -252,7 +253,7 @@ class CudaQMoe final : public QMoe {
   bool MayFuse(int64_t tokens, const Buffers& b) const {
     return tokens <= kFusedTokens && tokens * config_.topk <= kFusedRows &&
            config_.experts <= kFusedExperts && !Quantizes() &&
-           b.fc1.gemm->launch_routed != nullptr && b.fc2.gemm->launch_routed != nullptr &&
+           b.fc1.gemm().launch_routed != nullptr && b.fc2.gemm().launch_routed != nullptr &&
            std::min(b.fc1.tile_rows, b.fc2.tile_rows) >= tokens;
   }
 

@@ -32,7 +32,12 @@ CPU_ISA = Variable(
     "library when a session is made.",
 )
 
-VARIABLES = (LIBRARY, CPU_ISA)
+NVTX = Variable(
+    "QMOE_PLUGIN_NVTX",
+    "Set to 1, profilers show a range for each matrix product on the GPU, named after its kernel.",
+)
+
+VARIABLES = (LIBRARY, CPU_ISA, NVTX)
 """All of them; at most six, by our own rule."""
 
 
