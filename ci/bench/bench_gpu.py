@@ -23,6 +23,7 @@ Needs PyTorch. --device cpu tries the program with small layers on a CPU.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -32,11 +33,11 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 from gpu_bench.cases import CASES, EAGER_TOKENS, FORMATS, Case, select, tokens_of
 from gpu_bench.device import Device, open_device
+from gpu_bench.humming_setup import Compiling, compile_ahead, find
 from gpu_bench.measure import FULL, QUICK, CaseBench
 from gpu_bench.results import Cell, Results, of_floor, time_of
 from gpu_bench.weights import RandomFiles
@@ -81,7 +82,7 @@ class Bench:
             **device.about(),
             "onnxruntime": ort.__version__,
             "qmoe_plugin": qmoe_plugin.__version__,
-            "commit": arguments.commit or _commit(),
+            "commit": arguments.commit,
             "date": _now(),
             "limits": self._limits,
         }
@@ -98,7 +99,7 @@ class Bench:
         graph_only = options.quick or options.graph_only
         return (True, False) if tokens in EAGER_TOKENS and not graph_only else (True,)
 
-    def missing(self, case: Case, contestants: Sequence[str]) -> list[int]:
+    def missing(self, case: Case, contestants: Sequence[str], graph_only: bool) -> list[int]:
         """The numbers of tokens that are to be measured."""
         wanted = tokens_of(case, self._arguments.tokens, self._arguments.quick)
         if not self._arguments.resume:
@@ -109,14 +110,14 @@ class Bench:
             for tokens in wanted
             if not all(
                 self.results.has((case.name, tokens, graph), commit, contestants)
-                for graph in self.modes(tokens)
+                for graph in ((True,) if graph_only else self.modes(tokens))
             )
         ]
 
     def run(self, case: Case, files: RandomFiles) -> None:
         """Measures the cells of a case that are missing, as far as time allows."""
         contestants = ("ours",) if self._arguments.no_stock else ("ours", "stock")
-        todo = self.missing(case, contestants)
+        todo = self.missing(case, contestants, graph_only=False)
         if not todo or not self._budget.allows(1.5 * self._slowest_start):
             return
         started = time.monotonic()
@@ -148,7 +149,7 @@ class Bench:
         for case in cases:
             if not takes(case):
                 continue
-            for tokens in self.missing(case, ("humming",)):
+            for tokens in self.missing(case, ("humming",), graph_only=True):
                 key = (case.name, tokens, True)
                 if not self._budget.allows(10.0):
                     return
@@ -185,17 +186,30 @@ def scratch_folder() -> Path | None:
 
 
 def _commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    """That of the tree: as the environment says, or git; "" if nobody does."""
+    if given := os.environ.get("QMOE_PLUGIN_COMMIT"):
+        return given
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _start_humming(arguments: argparse.Namespace, cases: Sequence[Case]) -> Compiling | None:
+    """Starts to compile the peer's kernels; None if it is not wanted, or not there, with a line."""
+    if not arguments.humming and not arguments.humming_only:
+        return None
+    try:
+        find(arguments.humming_wheel)
+    except (ImportError, OSError, RuntimeError) as error:
+        print(f"Humming is left out: {error}", file=sys.stderr, flush=True)
+        return None
+    jobs = [(case, tokens_of(case, arguments.tokens, arguments.quick)) for case in cases]
+    return compile_ahead(jobs)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -217,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="skip what was measured at this commit")
     made.add_argument("--budget", type=float, metavar="SECONDS", help="stop before they are over")
     made.add_argument("--output", type=Path, help="file of results")
-    made.add_argument("--commit", default="", help="of the tree, where there is no git")
+    made.add_argument("--commit", help="of the tree; by default QMOE_PLUGIN_COMMIT, or git's")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     return made
 
@@ -237,14 +251,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.device == "cpu" and arguments.output is None:
         print("--device cpu only tries the program: name a file with --output", file=sys.stderr)
         return 2
-    humming = arguments.humming or arguments.humming_only
-    compiling: Any = None
-    if humming:
-        from gpu_bench import humming_setup
-
-        humming_setup.find(arguments.humming_wheel)
-        jobs = [(c, tokens_of(c, arguments.tokens, arguments.quick)) for c in cases]
-        compiling = humming_setup.compile_ahead(jobs)
+    arguments.commit = arguments.commit or _commit()
+    if arguments.resume and not arguments.commit:
+        print("--resume: name the commit of the tree with --commit", file=sys.stderr)
+        return 2
+    compiling = _start_humming(arguments, cases)
+    if arguments.humming_only and compiling is None:
+        return 1
     try:
         bench = Bench(arguments, open_device(arguments.device), budget)
     except ValueError as error:
@@ -254,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = RandomFiles(Path(folder))
         for case in () if arguments.humming_only else cases:
             bench.run(case, files)
-        if humming:
+        if compiling is not None:
             bench.run_humming(cases, files)
             compiling.stop()
     if budget.spent:

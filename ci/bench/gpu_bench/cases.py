@@ -182,11 +182,11 @@ _LISTED = (
     # What must cost little: the other type, zero points, a hot expert.
     _layer("gpt-oss-20b", "int4", " bfloat16", dtype="bfloat16"),
     _layer("gpt-oss-20b", "mxfp4", " bfloat16", dtype="bfloat16"),
-    _layer("gpt-oss-20b", "int4", " with zero points", zero_points=True),
     _layer("gpt-oss-20b", "int4", " skewed", skewed=True),
     _layer("qwen3-30b-a3b", "int4", " skewed", skewed=True),
     _dense(4096, 14336, suffix=" bfloat16", dtype="bfloat16"),
     _dense(4096, 14336, suffix=" with zero points", zero_points=True),
+    _layer("gpt-oss-20b", "int4", " with zero points", zero_points=True),
 )
 
 

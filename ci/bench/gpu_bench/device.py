@@ -31,7 +31,7 @@ class Device(Protocol):
         ...
 
     def limits(self) -> dict[str, float]:
-        """Bandwidths in bytes a second, matrix rates in operations a second."""
+        """Bandwidths in bytes a second, matrix rates in operations a second, and the like."""
         ...
 
     def time_replays(
@@ -101,7 +101,15 @@ class Cuda:
             found["float8_flop_per_s"] = self._rate(partial(torch._scaled_mm, a, b.t(), **options))
         del a, b
         torch.cuda.empty_cache()
-        return found
+        return {**found, "small_graph_us": self._small_graph_us()}
+
+    def _small_graph_us(self) -> float:
+        """What a replay of a graph takes beside its kernels, and one kernel that does nothing."""
+        value, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+        value.add_(1)
+        with torch.cuda.graph(graph):
+            value.add_(1)
+        return statistics.median(self.time_replays(lambda _: None, graph.replay, 15))
 
     def _bandwidths(self) -> dict[str, float]:
         source = torch.randint(0, 255, (COPIED_BYTES,), dtype=torch.uint8, device="cuda")

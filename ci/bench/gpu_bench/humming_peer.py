@@ -117,7 +117,7 @@ class Schedule:
 
     def __init__(self, case: Case, tokens: int, gemm_type: str) -> None:
         """Asks its heuristics; compiles nothing."""
-        self.case, self.gemm_type = case, gemm_type
+        self.case, self.tokens, self.gemm_type = case, tokens, gemm_type
         rows = tokens * max(case.topk, 1)
         self.tuning = {
             name: dict(get_heuristics_config(config, shape_m=rows, gemm_type=gemm_type))
@@ -147,17 +147,19 @@ class Schedule:
         return tasks
 
     def _other_kernels(self) -> None:
-        case, dtype = self.case, _torch_type(self.case)
+        case, dtype, configs = self.case, _torch_type(self.case), _configs(self.case)
+        rows = self.tokens * case.topk
         with torch.cuda.device(0):
-            x = torch.zeros(case.topk, case.hidden, device="cuda", dtype=dtype)
-            hidden = torch.zeros(case.topk, 2 * case.inter, device="cuda", dtype=dtype)
-            may_process_input(_configs(case)["down"], hidden, **SILU)
+            x = torch.zeros(self.tokens, case.hidden, device="cuda", dtype=dtype)
+            up = torch.zeros(rows, 2 * case.inter, device="cuda", dtype=dtype)
+            places = torch.arange(rows, device="cuda", dtype=torch.int32).view(self.tokens, -1)
+            may_process_input(configs["down"], up, **SILU)
             if self.gemm_type == SORTED:
-                rows = torch.arange(case.topk, device="cuda", dtype=torch.int32)
-                options = {"layout": "scatter", "scatter_idx": rows.view(1, -1)}
-                may_process_input(_configs(case)["up"], x[:1], **options)
+                may_process_input(configs["up"], x, layout="scatter", scatter_idx=places)
             else:
-                may_process_input(_configs(case)["up"], x)
+                may_process_input(configs["up"], x)
+            down = torch.zeros(rows, case.hidden, device="cuda", dtype=dtype)
+            combine(down, places.float(), places if self.gemm_type == SORTED else None, x)
 
 
 def _scale_bytes(weight_scale: torch.Tensor, *args: Any, original: Any, **options: Any) -> Any:
@@ -228,7 +230,8 @@ class _Layer:
             return torch.empty(height, width, device="cuda", dtype=kind)
 
         self._x = inputs.x.to(dtype)
-        self._sorted_x = empty(rows, case.hidden, float8)
+        if schedule.gemm_type == SORTED:
+            self._sorted_x = empty(rows, case.hidden, float8)
         self._up = empty(rows, 2 * case.inter, dtype)
         self._hidden = empty(rows, case.inter, float8)
         self._down = empty(rows, case.hidden, dtype)

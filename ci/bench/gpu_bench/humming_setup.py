@@ -31,7 +31,8 @@ def find(wheel: Path | None = None) -> None:
         wheel: A wheel of humming-kernels; None for an installed package, or a wheel in .gpu/.
 
     Raises:
-        SystemExit: If there is none.
+        ImportError: If there is none.
+        RuntimeError: If it does not find what it compiles with.
     """
     for name, folder in (("HUMMING_CACHE_DIR", "cache"), ("HUMMING_TMP_DIR", "tmp")):
         os.environ.setdefault(name, str(_CACHE / folder))
@@ -39,7 +40,7 @@ def find(wheel: Path | None = None) -> None:
     if wheel is not None or importlib.util.find_spec("humming") is None:
         found = [wheel] if wheel else sorted((ROOT / ".gpu").glob("humming_kernels-*.whl"))
         if not found or not found[-1].is_file():
-            raise SystemExit("humming is not installed, and there is no wheel of it in .gpu/")
+            raise ImportError("humming is not installed, and there is no wheel of it in .gpu/")
         site = _CACHE / "site" / found[-1].stem
         with zipfile.ZipFile(found[-1]) as archive:
             archive.extractall(site)
