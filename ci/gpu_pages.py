@@ -14,6 +14,7 @@ from gpu_picture import Chart, picture
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 from gpu_bench.results import CONTESTANTS, Cell, cells_of, newest, of_floor, time_of
+from gpu_bench.targets import DEVICE, Verdict, verdicts
 
 NAMES = {"ours": "ours", "stock": "stock", "humming": "Humming"}
 PEER_NOTE = (
@@ -41,7 +42,35 @@ def sections(folder: Path) -> list[str]:
             chosen = _in_order(cell for cell in cells if cell["graph"] == graph)
             if chosen:
                 lines += [*_sentences(chosen, words), "", *_cells_table(chosen), ""]
+        if device == DEVICE:
+            lines += _targets(verdicts(_in_order(cells)))
     return lines
+
+
+def _targets(found: Sequence[Verdict]) -> list[str]:
+    """How much of each rule is met, and each time that is not."""
+    rules: dict[str, list[Verdict]] = {}
+    for verdict in found:
+        rules.setdefault(verdict.rule, []).append(verdict)
+    counts = [
+        (rule, f"{sum(v.met for v in of_rule)} of {len(of_rule)}")
+        for rule, of_rule in rules.items()
+    ]
+    missed = [
+        (v.rule, v.case, v.tokens, _time(v.limit_us), _time(v.ours_us),
+         f"{v.ours_us / v.limit_us:.2f}")
+        for v in found if not v.met
+    ]  # fmt: skip
+    return [
+        f"### Targets, {DEVICE}",
+        "",
+        "What `ci/bench/gpu_bench/targets.py` asks of our times, and where they exceed it.",
+        "",
+        *table(("ours at most", "met"), counts),
+        "",
+        *table(("ours at most", "layer", "tokens", "limit", "ours", "ours / limit"), missed),
+        "",
+    ]
 
 
 def overview(folder: Path) -> list[str]:

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from gpu_bench.device import Device, open_device
 from gpu_bench.humming_setup import Compiling, compile_ahead, find
 from gpu_bench.measure import FULL, QUICK, CaseBench
 from gpu_bench.results import Cell, Results, of_floor, time_of
+from gpu_bench.targets import DEVICE, verdicts
 from gpu_bench.weights import RandomFiles
 
 import qmoe_plugin
@@ -178,6 +179,15 @@ def line_of(cell: Cell) -> str:
     return f"{text}  {' '.join(cell['kernels'])}"
 
 
+def print_misses(cells: Sequence[Cell], names: Collection[str]) -> None:
+    """A line for each target or rule that one of these cases misses."""
+    found = [verdict for verdict in verdicts(cells) if verdict.case in names]
+    print(f"{sum(v.met for v in found)} of {len(found)} targets and rules are met; missed are")
+    for v in found:
+        if not v.met:
+            print(f"  {v.case} {v.tokens} tokens: {v.ours_us:.1f} > {v.limit_us:.1f}, {v.rule}")
+
+
 def scratch_folder() -> Path | None:
     """Where the random files go: into memory, if there is room; None for the usual place."""
     if MEMORY_FOLDER.is_dir() and shutil.disk_usage(MEMORY_FOLDER).free > 2 * FILES_BYTES:
@@ -270,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if compiling is not None:
             bench.run_humming(cases, files)
             compiling.stop()
+    if bench.results.device == DEVICE:
+        print_misses(bench.results.cells(), {case.name for case in cases})
     if budget.spent:
         print(f"stopped after {budget.elapsed():.0f} s: --resume goes on", flush=True)
     return 0

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "ci"), str(ROOT / "ci" / "bench")]
 
 import gpu_pages  # noqa: E402
-from gpu_bench import cases, results, weights  # noqa: E402
+from gpu_bench import cases, results, targets, weights  # noqa: E402
 
 
 def cell(case="a", tokens=1, graph=True, date="2026-11-21", **changes):
@@ -161,6 +161,72 @@ def test_the_newest_cell_counts():
     other = cell("b")
     assert results.newest([[old, other], [new]]) == [new, other]
     assert results.newest([[new], [old]]) == [new]
+
+
+# -------------------------------------------------------------------------------------- targets
+
+
+def timed(case, tokens, ours, floor=1.0, **others):
+    contestants = {name: {"p50_us": time} for name, time in {"ours": ours, **others}.items()}
+    return {"case": case, "tokens": tokens, "graph": True, "floor_us": floor, **contestants}
+
+
+def judged(*cells):
+    """(rule, case, tokens) to whether it is met."""
+    return {(v.rule, v.case, v.tokens): v.met for v in targets.verdicts(cells)}
+
+
+def test_targets_are_of_cases_that_are_measured():
+    listed = {case.name: case for case in cases.select()}
+    for name, times in targets.TARGETS_US.items():
+        assert set(times) <= set(cases.tokens_of(listed[name], (), quick=False))
+
+
+def test_times():
+    found = judged(timed("gpt-oss-20b int4", 1, 18.0), timed("gpt-oss-20b int4", 8, 85.0))
+    assert found["target", "gpt-oss-20b int4", 1]
+    assert not found["target", "gpt-oss-20b int4", 8]
+
+
+def test_no_cliffs():
+    rule = "1.1 times the next power of two"
+    found = judged(timed("a", 16, 20.0), timed("a", 32, 10.0), timed("a", 64, 9.5))
+    assert found == {(rule, "a", 16): False, (rule, "a", 32): True}
+
+
+def test_variants():
+    found = judged(
+        timed("a", 1, 10.0), timed("a bfloat16", 1, 10.5), timed("a with bias", 1, 10.5),
+        timed("a with zero points", 1, 11.5),
+    )  # fmt: skip
+    assert found == {
+        ("1.1 times float16", "a bfloat16", 1): True,
+        ("1.1 times bfloat16", "a", 1): True,
+        ("1.1 times without zero points", "a with zero points", 1): False,
+        ("bias is free", "a with bias", 1): False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ours", "met"),
+    [(8, 6.0, True), (8, 7.0, False), (512, 11.0, True), (512, 12.0, False)],
+)
+def test_skewed(tokens, ours, met):
+    found = judged(timed("a", tokens, 10.0, 5.0), timed("a skewed", tokens, ours, 3.0))
+    assert found == {("as uniform routing", "a skewed", tokens): met}
+
+
+def test_others():
+    rule = "stock, half of it for QMoE in 4 bits"
+    for case, stock, met in (
+        ("x int4", 19.0, False),
+        ("x int4", 20.0, True),
+        ("x int8", 10.0, True),
+        ("x fp8", 9.0, False),
+        ("MatMulNBits int4 1x1", 10.0, True),
+    ):
+        assert judged(timed(case, 3, 10.0, stock=stock)) == {(rule, case, 3): met}
+    assert judged(timed("x", 3, 10.0, humming=9.0)) == {("Humming", "x", 3): False}
 
 
 # ---------------------------------------------------------------------------------------- pages

@@ -86,6 +86,10 @@ class Results:
                 )
             self._cells = {key_of(cell): cell for cell in cells_of(content)}
 
+    @property
+    def device(self) -> str:
+        return str(self._about["device"])
+
     def cells(self) -> list[Cell]:
         return list(self._cells.values())
 
