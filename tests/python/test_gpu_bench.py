@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "ci"), str(ROOT / "ci" / "bench")]
 
 import gpu_pages  # noqa: E402
+import profile_gpu  # noqa: E402
 from gpu_bench import cases, results, targets, weights  # noqa: E402
 
 
@@ -267,6 +268,29 @@ def test_no_results(tmp_path):
     assert gpu_pages.pictures(tmp_path) == {}
 
 
+# -------------------------------------------------------------------------------------- profile
+
+
+def test_what_ncu_says():
+    lines = [
+        "==PROF== Connected to process 1",
+        '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name",'
+        '"Rule Description"',
+        '"0","gemv_sm80","GPU Speed Of Light Throughput","Duration","us","17.50","",""',
+        '"0","gemv_sm80","GPU Speed Of Light Throughput","DRAM Throughput","%","71.2","",""',
+        '"0","gemv_sm80","Warp State Statistics","","","","CPIStall","waits, for L1TEX"',
+        '"1","unpermute","GPU Speed Of Light Throughput","Duration","us","2.10","",""',
+    ]
+    kernels = profile_gpu.read(lines)
+    assert kernels == [
+        {"kernel": "gemv_sm80", "time": "17.50 us", "DRAM %": "71.2", "stalls": "waits, for L1TEX"},
+        {"kernel": "unpermute", "time": "2.10 us"},
+    ]
+    table = profile_gpu.lines_of(kernels)
+    assert [line.split()[0] for line in table] == ["kernel", "gemv_sm80", "waits,", "unpermute"]
+    assert profile_gpu.read(["==ERROR== no kernels"]) == []
+
+
 # -------------------------------------------------------------------------------------- program
 
 
@@ -281,6 +305,19 @@ def bench(library, capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+def test_budget(bench):
+    import bench_gpu
+
+    endless = bench_gpu.Budget(None)
+    assert endless.allows(1e9)
+    assert not endless.spent
+    short = bench_gpu.Budget(60.0)
+    assert short.allows(1.0)
+    assert not short.allows(61.0)
+    assert short.spent
+    assert not short.allows(0.0)  # what comes first is not skipped for what is shorter
 
 
 def test_a_run_on_the_cpu(bench, tmp_path):

@@ -13,7 +13,7 @@ import torch
 
 Provider = str | tuple[str, dict[str, str]]
 
-FLUSHED_BYTES = 1 << 29  # read between runs; several times what a second-level cache holds
+FLUSHED_BYTES = 1 << 30  # read between runs; many times what a second-level cache holds
 COPIED_BYTES = 4 << 30
 MATRIX = 8192  # rows and columns of the products whose rate is the limit
 

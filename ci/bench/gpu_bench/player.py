@@ -57,13 +57,20 @@ class Inputs:
 
 
 def open_session(path: Path, device: Device) -> tuple[ort.InferenceSession, float]:
-    """A session of one of the models, and the seconds that making it took."""
+    """A session of one of the models, and the seconds that making it took.
+
+    Raises:
+        SystemExit: If onnxruntime would run it elsewhere, as it does where it cannot use the GPU.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if path.stem == "ours":
         qmoe_plugin.register(options)
     started = time.perf_counter()
     session = ort.InferenceSession(str(path), options, providers=[device.provider])
+    wanted = device.provider if isinstance(device.provider, str) else device.provider[0]
+    if session.get_providers()[0] != wanted:
+        raise SystemExit(f"onnxruntime has no {wanted} that works here")
     return session, time.perf_counter() - started
 
 
