@@ -69,6 +69,10 @@ QMOE_PLUGIN_EXPORT int qmoe_plugin_explain(const qmoe_plugin_gemm_problem* probl
                                                          const char* refusal),
                                            void* user);
 
+/* The lines that a tuning file (environment variable QMOE_PLUGIN_TUNING) for a CUDA device begins
+ * with; "" if there is no such device. Valid until the thread's next call. */
+QMOE_PLUGIN_EXPORT const char* qmoe_plugin_tuning_header(int device);
+
 /* An attribute of a node; `type` says which of the values it has. */
 typedef struct qmoe_plugin_attribute {
   const char* name;

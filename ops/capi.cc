@@ -10,6 +10,7 @@
 #include "ops/error.h"
 #include "ops/ort/versions.h"
 #include "ops/registry.h"
+#include "ops/tuning.h"
 
 namespace qmoe_plugin {
 namespace {
@@ -117,6 +118,17 @@ int qmoe_plugin_cuda_device_sm(int device) {
   } catch (...) {
     return 0;
   }
+}
+
+const char* qmoe_plugin_tuning_header(int device) {
+  static thread_local std::string header;
+  try {
+    const bool is_there = device >= 0 && device < CudaDeviceCount();
+    header = is_there ? TuningHeader(CudaDevice(device), CudaDeviceName(device)) : "";
+  } catch (...) {
+    header.clear();
+  }
+  return header.c_str();
 }
 
 size_t qmoe_plugin_kernel_count(void) {

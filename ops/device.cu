@@ -26,4 +26,10 @@ Device CudaDevice(int index) {
   return {.type = DeviceType::kCuda, .index = index, .sm = major * 10 + minor};
 }
 
+std::string CudaDeviceName(int index) {
+  cudaDeviceProp properties;
+  CheckCuda(cudaGetDeviceProperties(&properties, index), "asking for the name of the CUDA device");
+  return properties.name;
+}
+
 }  // namespace qmoe_plugin

@@ -19,6 +19,9 @@ struct Device {
 /// refuses.
 Device CudaDevice(int index);
 
+/// What the driver calls it, as in "NVIDIA H200". Throws Error as above.
+std::string CudaDeviceName(int index);
+
 /// Number of CUDA devices; 0 when there is no driver or the library was built without CUDA. Never
 /// throws.
 int CudaDeviceCount();

@@ -6,6 +6,7 @@
 
 #include "ops/cpu/gemm.h"
 #include "ops/error.h"
+#include "ops/tuning.h"
 
 namespace qmoe_plugin {
 namespace {
@@ -68,6 +69,13 @@ std::vector<Verdict> Explain(const Device& device, const GemmProblem& problem) {
   std::stable_sort(verdicts.begin(), verdicts.end(), [](const Verdict& a, const Verdict& b) {
     return a.kernel->priority > b.kernel->priority;
   });
+  for (const TunedRows& tuned : Tuned(device, problem)) {
+    if (problem.rows < tuned.first || problem.rows > tuned.last) continue;
+    std::stable_partition(verdicts.begin(), verdicts.end(), [&](const Verdict& verdict) {
+      return verdict.kernel == tuned.kernel && verdict.refusal.empty();
+    });
+    break;
+  }
   return verdicts;
 }
 

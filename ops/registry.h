@@ -40,8 +40,9 @@ bool RegisterKernel(Kernel kernel);
 /// All kernels, by device, then name.
 std::vector<const Kernel*> Kernels();
 
-/// The kernels for this format on this device, highest priority first, each with the reason why it
-/// does not run the problem (empty for those that can).
+/// The kernels for this format on this device, highest priority first (but for one that a tuning file
+/// prefers, see ops/tuning.h), each with the reason why it does not run the problem (empty for those
+/// that can).
 struct Verdict {
   const Kernel* kernel;
   std::string refusal;

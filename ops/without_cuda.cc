@@ -18,6 +18,7 @@ namespace {
 bool BuiltWithCuda() { return false; }
 int CudaDeviceCount() { return 0; }
 Device CudaDevice(int) { FailWithoutCuda(); }
+std::string CudaDeviceName(int) { FailWithoutCuda(); }
 
 std::unique_ptr<QMoe> MakeCudaQMoe(const Device&, const MoeConfig&, const PackSource&,
                                    const PackSource&) {

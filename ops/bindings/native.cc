@@ -227,6 +227,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("has_cuda", [] { return qmoe_plugin_has_cuda() != 0; });
   module.def("cuda_archs", [] { return std::string(qmoe_plugin_cuda_archs()); });
   module.def("cuda_devices", &PyCudaDevices);
+  module.def("tuning_header",
+             [](int device) { return std::string(qmoe_plugin_tuning_header(device)); });
   module.def("formats", &PyFormats);
   module.def("kernels", &PyKernels);
   module.def("explain", &PyExplain, py::kw_only(), arg("device"), arg("sm"), arg("stage"),

@@ -36,6 +36,10 @@ PackedGemm::PackedGemm(const Device& device, const GemmProblem& problem,
     GemmOf(*verdict.kernel)->prepare(problem.dtype, device.sm);
     candidates_.push_back(verdict.kernel);
   }
+  tuned_ = Tuned(device, CudaDeviceName(device.index), problem);
+  std::erase_if(tuned_, [&](const TunedRows& tuned) {
+    return std::ranges::find(candidates_, tuned.kernel) == candidates_.end();
+  });
   Choose(1);  // fails now rather than in a run if no kernel takes the problem
   Upload(source);
 }
@@ -55,9 +59,13 @@ void PackedGemm::Upload(const PackSource& source) {
 PackedGemm::Choice PackedGemm::Choose(int64_t rows) const {
   GemmProblem problem = problem_;
   problem.rows = rows;
-  const auto chosen = std::ranges::find_if(candidates_, [&](const Kernel* kernel) {
+  const auto takes = [&](const Kernel* kernel) {
     return kernel->refuse == nullptr || kernel->refuse(problem).empty();
-  });
+  };
+  for (const TunedRows& tuned : tuned_)
+    if (rows >= tuned.first && rows <= tuned.last && takes(tuned.kernel))
+      return {tuned.kernel, GemmOf(*tuned.kernel)->tile_rows(problem)};
+  const auto chosen = std::ranges::find_if(candidates_, takes);
   const Kernel& kernel = chosen != candidates_.end() ? **chosen : Select(device_, problem);
   return {&kernel, GemmOf(kernel)->tile_rows(problem)};
 }

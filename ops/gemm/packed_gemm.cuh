@@ -8,6 +8,7 @@
 #include "ops/gemm/gemm.cuh"
 #include "ops/pack_source.h"
 #include "ops/registry.h"
+#include "ops/tuning.h"
 
 namespace qmoe_plugin {
 
@@ -47,6 +48,7 @@ class PackedGemm {
   PackedWeights weights_;
   int multiprocessors_ = 0;
   std::vector<const Kernel*> candidates_;  // highest priority first
+  std::vector<TunedRows> tuned_;           // of them
 };
 
 }  // namespace qmoe_plugin

@@ -20,6 +20,9 @@ def cuda_archs() -> str:
 def cuda_devices() -> list[int]:
     """Compute capability of each CUDA device (90 = Hopper); empty without a driver."""
 
+def tuning_header(device: int) -> str:
+    """The lines that a tuning file for a CUDA device begins with; "" if there is none."""
+
 def kernels() -> list[dict[str, Any]]:
     """The support table: dicts with the fields of `qmoe_plugin_kernel` (include/qmoe_plugin.h)."""
 

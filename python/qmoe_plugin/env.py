@@ -37,7 +37,13 @@ NVTX = Variable(
     "Set to 1, profilers show a range for each matrix product on the GPU, named after its kernel.",
 )
 
-VARIABLES = (LIBRARY, CPU_ISA, NVTX)
+TUNING = Variable(
+    "QMOE_PLUGIN_TUNING",
+    "File that `python -m qmoe_plugin tune` wrote: which kernels are fastest on this GPU. Read by "
+    "the library when a session is made.",
+)
+
+VARIABLES = (LIBRARY, CPU_ISA, NVTX, TUNING)
 """All of them; at most six, by our own rule."""
 
 
