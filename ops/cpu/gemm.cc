@@ -1,8 +1,14 @@
 #include "ops/cpu/gemm.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include <cmath>
 #include <cstdlib>
 #include <deque>
+#include <iterator>
 #include <string>
 #include <string_view>
 
@@ -18,21 +24,30 @@
 namespace qmoe_plugin {
 namespace {
 
+#if defined(__x86_64__)
 enum Level { kReference, kAvx2, kAvxVnni, kAvx512, kAmx };
+constexpr const char* kLevelNames[] = {"reference", "avx2", "avxvnni", "avx512", "amx"};
+#elif defined(__aarch64__)
+enum Level { kReference, kNeon, kNeonDotprod, kNeonI8mm };
+constexpr const char* kLevelNames[] = {"reference", "neon", "neon_dotprod", "neon_i8mm"};
+#else
+enum Level { kReference };
+constexpr const char* kLevelNames[] = {"reference"};
+#endif
 
 /// The highest level that QMOE_PLUGIN_CPU_ISA allows; read each time, so that a test may change it.
 Level AllowedLevel() {
+  constexpr int kLevels = std::size(kLevelNames);
   const char* value = std::getenv("QMOE_PLUGIN_CPU_ISA");
   const std::string_view name = value == nullptr ? "" : value;
-  if (name.empty() || name == "amx") return kAmx;
-  if (name == "avx512") return kAvx512;
-  if (name == "avxvnni") return kAvxVnni;
-  if (name == "avx2") return kAvx2;
-  if (name == "reference") return kReference;
-  FailInvalid(
-      "environment variable QMOE_PLUGIN_CPU_ISA is '", name,
-      "'; allowed are reference, avx2, avxvnni, avx512 and amx, or leave it unset for the best "
-      "level");
+  if (name.empty()) return Level(kLevels - 1);
+  std::string names;
+  for (int i = 0; i < kLevels; ++i) {
+    if (name == kLevelNames[i]) return Level(i);
+    names += Concat(i == 0 ? "" : i + 1 == kLevels ? " and " : ", ", kLevelNames[i]);
+  }
+  FailInvalid("environment variable QMOE_PLUGIN_CPU_ISA is '", name, "'; allowed are ", names,
+              ", or leave it unset for the best level");
 }
 
 #if defined(__x86_64__)
@@ -73,6 +88,23 @@ bool AmxAvailable() {
 bool Bf16Available() {
   return Avx512Available() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
 }
+#elif defined(__aarch64__)
+bool NeonAvailable() { return AllowedLevel() >= kNeon; }
+
+#if defined(__linux__)
+bool DotprodAvailable() {
+  return AllowedLevel() >= kNeonDotprod && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+}
+
+/// Its kernel does few rows by dot products.
+bool I8mmAvailable() {
+  return AllowedLevel() >= kNeonI8mm && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0 &&
+         DotprodAvailable();
+}
+#else  // not known here how to ask
+bool DotprodAvailable() { return false; }
+bool I8mmAvailable() { return false; }
+#endif
 #endif
 
 /// The reference runs at every level, but a wrong level must not go unnoticed.
@@ -142,7 +174,7 @@ GemmKernel SelectExact(const CpuIsa& isa, int bits, Codes codes, int) {
   return {isa.gemm(bits, codes), kFloatsOf32, nullptr};
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(__aarch64__)
 /// The kernels that read activations as they store them.
 template <GemmKernel (*kSelect)(int, Codes, int)>
 GemmKernel SelectStoring(const CpuIsa&, int bits, Codes codes, int block) {
@@ -179,8 +211,10 @@ void Register(const Family& family) {
 void RegisterCpuKernels() {
   constexpr const char* kExact = "float32 arithmetic";
   Register({"gemm_reference", &kCpuReference, SelectExact, 0, ReferenceAvailable, Refuse, kExact});
-#if defined(__x86_64__)
+#if defined(__x86_64__) || defined(__aarch64__)
   constexpr const char* kInt8 = "accuracy_level 4, activations rounded to int8";
+#endif
+#if defined(__x86_64__)
   Register({"gemm_avx2", &kCpuAvx2, SelectExact, 10, Avx2Available, Refuse, kExact});
   Register({"gemm_avx2_int8", &kCpuAvx2, SelectStoring<Avx2Int8Gemm>, 25, Avx2Available,
             RefuseRounding<4>, kInt8});
@@ -199,6 +233,12 @@ void RegisterCpuKernels() {
       {"gemm_amx_bf16", &kCpuAvx512, SelectStoring<AmxBf16Gemm>, 50, AmxAvailable,
        RefuseRounding<3>,
        "accuracy_level 3 or 4, activations rounded to bfloat16; so far run in emulation only"});
+#elif defined(__aarch64__)
+  Register({"gemm_neon", &kCpuNeon, SelectExact, 10, NeonAvailable, Refuse, kExact});
+  Register({"gemm_neon_dotprod", &kCpuNeon, SelectStoring<NeonDotprodGemm>, 20, DotprodAvailable,
+            RefuseRounding<4>, kInt8});
+  Register({"gemm_neon_i8mm", &kCpuNeon, SelectStoring<NeonI8mmGemm>, 30, I8mmAvailable,
+            RefuseRounding<4>, kInt8});
 #endif
 }
 

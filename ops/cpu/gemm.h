@@ -3,6 +3,7 @@
 //   gemm_reference.<format>     portable C++; runs everywhere, oracle of the tests
 //   gemm_avx2.<format>          AVX2, FMA, F16C
 //   gemm_avx512.<format>        AVX-512 F, BW, VL, DQ
+//   gemm_neon.<format>          AArch64, any
 //
 // These are exact, float32 inside. They take every registered format (2, 4 or 8 bits: codes are
 // decoded by a table, or as signed integers where the format allows; plain floats), every
@@ -15,18 +16,20 @@
 //   gemm_avx512_vnni.<format>   accuracy_level 4: AVX512_VNNI, activations rounded to int8
 //   gemm_amx.<format>           any level: AMX-BF16, activations cut into three bfloat16 parts
 //   gemm_amx_bf16.<format>      accuracy_level 3 and 4: AMX-BF16, rounded as gemm_avx512_bf16 does
+//   gemm_neon_dotprod.<format>  accuracy_level 4: AArch64's SDOT, activations rounded to int8
+//   gemm_neon_i8mm.<format>     accuracy_level 4: AArch64's SMMLA, activations rounded to int8
 //
 // These are there for the formats that they are faster with (gemm_amx: whose values are bfloat16
 // numbers); ops/cpu/gemm_blocks.inc says what they compute. Of the kernels that the node's
 // accuracy_level and the processor allow, the one with the highest priority runs; environment
-// variable QMOE_PLUGIN_CPU_ISA = reference | avx2 | avxvnni | avx512 | amx forbids the instruction
-// sets above.
+// variable QMOE_PLUGIN_CPU_ISA = reference | avx2 | avxvnni | avx512 | amx (on AArch64: reference |
+// neon | neon_dotprod | neon_i8mm) forbids the instruction sets above.
 //
 // Sums are the same whatever the number of rows, threads or tasks: an element adds up the products
 // of a stretch of k in order (a block, or 128 k of a longer one), starting from zero, and then the
 // stretches in order, each times its scale. So a token's result depends neither on the tokens it is
 // computed with nor on the machine's cores (nor, as they do the same operations, on whether it has
-// AVX-512 or only AVX2; tiles have an order of their own).
+// AVX-512, AVX2 or NEON; tiles have an order of their own).
 //
 // Rule for the gemm_<isa>.cc files, which are compiled with that ISA's flags: they must not define
 // anything that another object may define too. An inline function or template of a shared header
@@ -115,6 +118,11 @@ GemmKernel Avx2Int8Gemm(int bits, Codes codes, int block);
 GemmKernel AvxVnniGemm(int bits, Codes codes, int block);
 GemmKernel AmxGemm(int bits, Codes codes, int block);  // exact
 GemmKernel AmxBf16Gemm(int bits, Codes codes, int block);
+#elif defined(__aarch64__)
+extern const CpuIsa kCpuNeon;
+
+GemmKernel NeonDotprodGemm(int bits, Codes codes, int block);
+GemmKernel NeonI8mmGemm(int bits, Codes codes, int block);
 #endif
 
 /// What Kernel::launch points to: one instruction set's functions for one format.

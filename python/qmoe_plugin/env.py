@@ -28,8 +28,8 @@ LIBRARY = Variable(
 )
 CPU_ISA = Variable(
     "QMOE_PLUGIN_CPU_ISA",
-    "Highest CPU instruction set to use: reference, avx2, avxvnni, avx512 or amx. Read by the "
-    "library when a session is made.",
+    "Highest CPU instruction set to use: reference, avx2, avxvnni, avx512 or amx; on AArch64 "
+    "reference, neon, neon_dotprod or neon_i8mm. Read by the library when a session is made.",
 )
 
 NVTX = Variable(

@@ -35,6 +35,13 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
     ]
 
 
+_AARCH64 = (
+    "Built for AArch64, these are `gemm_reference` and `gemm_neon` in every format, and for",
+    "accuracy_level 4 `gemm_neon_dotprod` and `gemm_neon_i8mm` in int2, int4, int8, mxfp4 and",
+    "nvfp4. They are tested under qemu-user only, and have never run on real hardware.",
+)
+
+
 def support_page(kernels: Sequence[Kernel], formats: Iterable[Format]) -> str:
     """The page docs/support.md: formats and kernels. The same on every machine."""
     lines = [
@@ -62,6 +69,8 @@ def support_page(kernels: Sequence[Kernel], formats: Iterable[Format]) -> str:
             lines += [*_markdown(_HEADER, rows), ""]
         else:
             lines += [f"This build has no {device} kernels.", ""]
+        if device == "CPU" and not any(row[0].startswith("gemm_neon") for row in rows):
+            lines += [*_AARCH64, ""]
     return "\n".join(lines).rstrip()
 
 

@@ -19,6 +19,25 @@ namespace qmoe_plugin {
 
 inline std::mt19937 rng(1);
 
+/// Set by --quick: fewer rows and values, for processors that are emulated.
+inline bool quick = false;
+
+inline void ReadArguments(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) quick |= std::string(argv[i]) == "--quick";
+}
+
+/// What QMOE_PLUGIN_CPU_ISA may be here, from the lowest level on.
+inline const std::vector<std::string> kLevels = {
+    "reference",
+#if defined(__x86_64__)
+    "avx2",      "avxvnni", "avx512", "amx",
+#elif defined(__aarch64__)
+    "neon",
+    "neon_dotprod",
+    "neon_i8mm",
+#endif
+};
+
 inline float Gauss() { return std::normal_distribution<float>()(rng); }
 
 /// A float tensor and a TensorView of it in its own type.

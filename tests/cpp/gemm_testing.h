@@ -89,6 +89,11 @@ inline bool SameBits(const float* a, const float* b, int64_t count) {
   return true;
 }
 
+/// Of those, whether it rounds them to int8.
+inline bool IsInt8(const Kernel& kernel) {
+  return RoundsActivations(kernel) && kernel.refuse({.n = 64, .accuracy_level = 3}) != "";
+}
+
 /// `all` are the results of args: the same rows in smaller batches, and picked by an index, must
 /// have the same bits (but a single row, of kernels that say so).
 inline void ExpectSameRows(GemmArgs args, const GemmKernel& gemm, const std::vector<float>& all,
@@ -97,7 +102,8 @@ inline void ExpectSameRows(GemmArgs args, const GemmKernel& gemm, const std::vec
   std::vector<int32_t> index(rows);
   for (int32_t& i : index) i = int32_t(rng() % unsigned(rows));
   std::vector<float> part(all.size());
-  for (int64_t m = gemm.single_differs ? 2 : 1; m <= std::min<int64_t>(rows, 14); ++m) {
+  const int64_t most = std::min<int64_t>(rows, quick ? 9 : 14);
+  for (int64_t m = gemm.single_differs ? 2 : 1; m <= most; ++m) {
     args.rows = m;
     args.y = part.data();
     args.row_index = nullptr;
