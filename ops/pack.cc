@@ -1,60 +1,22 @@
 #include "ops/pack.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <vector>
 
 #include "ops/error.h"
+#include "ops/host_memory.h"
+#include "ops/pack_scales.h"
 #include "ops/threads.h"
 
 namespace qmoe_plugin {
 namespace {
 
-/// Block scales of a row are brought into [16, 32) at their largest: 2^kScaleExponent.
-constexpr int kScaleExponent = 4;
-constexpr size_t kHugePage = size_t(2) << 20;
-
 std::vector<TileLayout>& TileLayouts() {
   static std::vector<TileLayout> layouts;
   return layouts;
-}
-
-/// Power of two that leaves the row's largest |scale| in [16, 32) when divided out; 1 for an
-/// all-zero row.
-float RowFactor(const float* scales, int64_t groups) {
-  float largest = 0;
-  for (int64_t g = 0; g < groups; ++g) largest = std::max(largest, std::fabs(scales[g]));
-  if (largest == 0) return 1.0f;
-  int exponent;
-  std::frexp(largest, &exponent);  // largest in [2^(exponent-1), 2^exponent)
-  // Clamped so that neither the factor nor its inverse overflows or loses bits.
-  return std::ldexp(1.0f, std::clamp(exponent - 1 - kScaleExponent, -126, 126));
-}
-
-bool ExactInHalf(float value) { return HalfToFloat(FloatToHalf(value)) == value; }
-
-/// Whether float16 holds all block scales and zero offsets exactly.
-bool FitsHalf(const RowReader& reader) {
-  std::vector<float> scales(reader.groups()), offsets(reader.groups());
-  for (int64_t e = 0; e < reader.experts(); ++e) {
-    for (int64_t row = 0; row < reader.rows(); ++row) {
-      reader.Scales(e, row, scales.data());
-      const float factor = RowFactor(scales.data(), reader.groups());
-      for (float scale : scales)
-        if (reader.block_size() && !ExactInHalf(scale / factor)) return false;
-      if (!reader.has_zero_points()) continue;
-      reader.ZeroOffsets(e, row, offsets.data());
-      for (float offset : offsets)
-        if (!ExactInHalf(offset)) return false;
-    }
-  }
-  return true;
 }
 
 /// Packs tiles [first, last) of all experts' tiles, counted through; one worker's scratch memory.
@@ -105,18 +67,17 @@ class TilePacker {
 
   void PackScales(int64_t expert, int64_t row, int slot, const Outputs& out) {
     const DType dtype = DType(header_.scale_dtype);
+    const size_t place = size_t(slot) * SizeOf(dtype);
     reader_.Scales(expert, row, scales_.data());
     float row_scale = scales_[0];
     if (out.block_scales) {
       row_scale = RowFactor(scales_.data(), reader_.groups());
-      for (int64_t g = 0; g < reader_.groups(); ++g)
-        StoreFloat(out.block_scales, dtype, size_t(g * 16 + slot), scales_[g] / row_scale);
+      StoreScales(scales_.data(), row_scale, reader_.groups(), dtype, out.block_scales + place);
     }
     reinterpret_cast<float*>(out.row_scales)[slot] = row_scale * reader_.SumScale(expert);
     if (!out.zero_offsets) return;
     reader_.ZeroOffsets(expert, row, offsets_.data());
-    for (int64_t g = 0; g < reader_.groups(); ++g)
-      StoreFloat(out.zero_offsets, dtype, size_t(g * 16 + slot), offsets_[g]);
+    StoreScales(offsets_.data(), 1.0f, reader_.groups(), dtype, out.zero_offsets + place);
   }
 
   const RowReader& reader_;
@@ -206,18 +167,6 @@ void PackStaged(const RowReader& reader, const PackedHeader& header, const PackS
 
 }  // namespace
 
-std::shared_ptr<uint8_t> AllocateHost(size_t bytes) {
-  const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  const bool large = bytes >= kHugePage;  // huge pages only pay, and only fit, from there on
-  void* memory =
-      std::aligned_alloc(large ? kHugePage : 64, large ? rounded : (bytes + 63) / 64 * 64);
-  if (memory == nullptr)
-    FailRuntime("out of memory: cannot allocate ", bytes, " bytes for packed weights");
-  if (large)
-    madvise(memory, rounded, MADV_HUGEPAGE);  // a hint; 15 to 20 % of decode speed where granted
-  return {static_cast<uint8_t*>(memory), [](uint8_t* p) { std::free(p); }};
-}
-
 bool RegisterTileLayout(const TileLayout& layout) {
   TileLayouts().push_back(layout);
   return true;
@@ -231,7 +180,7 @@ const TileLayout& GetTileLayout(Layout layout) {
 
 PackedHeader PlanPack(const RowReader& reader, bool gated, Layout layout, ScalePolicy policy) {
   const bool half = policy == ScalePolicy::kFloat16 ||
-                    (policy == ScalePolicy::kFloat16IfExact && FitsHalf(reader));
+                    (policy == ScalePolicy::kFloat16IfExact && ScalesFitHalf(reader));
   PackedHeader header{};
   header.layout = layout;
   const size_t name_size = std::strlen(reader.format().name);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <functional>
-#include <memory>
 
 #include "ops/packed_weights.h"
 #include "ops/weights.h"
@@ -48,16 +47,13 @@ struct PackSink {
   size_t staging_bytes = size_t(16) << 20;
 };
 
-/// Host memory, 2 MiB-aligned (huge pages where the system grants them) unless it is small.
-std::shared_ptr<uint8_t> AllocateHost(size_t bytes);
-
 /// The header that Pack will use for these weights.
 PackedHeader PlanPack(const RowReader& reader, bool gated, Layout layout, ScalePolicy policy);
 
 /// Packs. Throws Error for scales or zero points that are not finite.
 void Pack(const RowReader& reader, const PackedHeader& header, const PackSink& sink);
 
-/// PlanPack and Pack into memory of AllocateHost.
+/// PlanPack and Pack into memory of AllocateHost (ops/host_memory.h).
 PackedWeights PackToHost(const RowReader& reader, bool gated, Layout layout, ScalePolicy policy);
 
 }  // namespace qmoe_plugin

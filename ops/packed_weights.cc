@@ -7,6 +7,7 @@
 
 #include "ops/error.h"
 #include "ops/formats/format.h"
+#include "ops/host_memory.h"
 #include "ops/pack.h"
 
 namespace qmoe_plugin {

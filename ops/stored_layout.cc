@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "ops/error.h"
+#include "ops/pack_loops.h"
 
 namespace qmoe_plugin {
 namespace {
@@ -36,12 +37,13 @@ uint64_t EightCodes(const uint8_t* packed) {
 
 template <int kBits>
 void ReadRaw(const uint8_t* packed, int64_t k, uint8_t* out) {
-  int64_t i = 0;
-  for (; i + 8 <= k; i += 8) {
-    const uint64_t codes = EightCodes<kBits>(packed + i * kBits / 8);
-    std::memcpy(out + i, &codes, sizeof codes);
+  if constexpr (kBits == 8) {
+    std::memcpy(out, packed, size_t(k));
+  } else {
+    const int64_t bytes = k * kBits / 8, whole = bytes * 8 / kBits;
+    GetPackLoops().unpack(packed, bytes, kBits, out);
+    for (int64_t i = whole; i < k; ++i) out[i] = CodeAt<kBits>(packed, i);
   }
-  for (; i < k; ++i) out[i] = CodeAt<kBits>(packed, i);
 }
 
 /// Byte j of word i becomes byte i of word j.

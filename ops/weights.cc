@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "ops/error.h"
+#include "ops/pack_loops.h"
 
 namespace qmoe_plugin {
 namespace {
@@ -114,11 +115,6 @@ void CheckProjection(const Projection& p) {
     QMOE_REQUIRE(IsFloat(p.bias.dtype) && p.bias.shape == shape, p.name, " bias is ",
                  p.bias.Describe(), "; it must be a float tensor of shape ", ShapeText(shape));
   }
-}
-
-uint32_t BitsAt(const uint8_t* bytes, int64_t index, int bits) {
-  const int64_t bit = index * bits;
-  return (uint32_t(bytes[bit / 8]) >> (bit % 8)) & ((1u << bits) - 1);
 }
 
 }  // namespace
@@ -291,7 +287,8 @@ void RowReader::ReorderCodes(uint8_t* codes) const {
 void RowReader::RefuseNaN(int64_t expert, int64_t row, const uint8_t* codes) const {
   const float* values = format().centered;
   bool found = false;
-  for (int64_t k = 0; k < packed_k_; ++k) found |= std::isnan(values[codes[k]]);
+  for (int code = 0; code < 1 << format().bits; ++code)
+    if (std::isnan(values[code])) found |= GetPackLoops().contains(codes, packed_k_, uint8_t(code));
   if (!found) return;
   const auto [p, stored] = Locate(row);
   for (int64_t k = 0; k < packed_k_; ++k)
@@ -319,70 +316,6 @@ void RowReader::RefuseInfinite(int64_t expert, int64_t row, const uint8_t* codes
     QMOE_REQUIRE(std::isfinite(value), p->name, " weight of expert ", expert, ", row ", stored,
                  ", column ", k, " is ", value, "; weights must be finite");
   }
-}
-
-void RowReader::Scales(int64_t expert, int64_t row, float* out) const {
-  const auto [p, stored] = Locate(row);
-  const int64_t stored_groups = p->groups();
-  const int64_t base =
-      (expert * CeilDiv(p->n, p->scale_rows) + stored / p->scale_rows) * stored_groups;
-  const float global = p->global_scale.present
-                           ? LoadFloat(p->global_scale.data, DType::kFloat32, size_t(expert))
-                           : 1.0f;
-  for (int64_t group = 0; group < groups_; ++group) {
-    const int64_t source = group_order_.empty() ? group : group_order_[group];
-    const float scale =
-        p->scales.present ? LoadFloat(p->scales.data, p->ScaleType(), size_t(base + source)) : 1.0f;
-    out[group] = scale * global;
-    QMOE_REQUIRE(std::isfinite(out[group]), p->name, " scale of expert ", expert, ", row ", stored,
-                 ", block ", source, " is ", scale,
-                 p->global_scale.present ? Concat(" times global scale ", global) : "",
-                 "; scales must be finite");
-  }
-}
-
-void RowReader::ZeroOffsets(int64_t expert, int64_t row, float* out) const {
-  const auto [p, stored] = Locate(row);
-  const ZeroPoints kind = zero_points_[p - parts_.data()];
-  const int64_t stored_groups = p->groups(), flat = expert * p->n + stored;
-  const int bits = p->format->bits;
-  const uint8_t* bytes = static_cast<const uint8_t*>(p->zero_points.data);
-  for (int64_t group = 0; group < groups_; ++group) {
-    const int64_t source = group_order_.empty() ? group : group_order_[group];
-    float zero_point = p->format->default_zero_point;
-    switch (kind) {
-      case ZeroPoints::kNone:
-        break;
-      case ZeroPoints::kPackedByRow:
-        zero_point = float(BitsAt(bytes + flat * CeilDiv(stored_groups * bits, 8), source, bits));
-        break;
-      case ZeroPoints::kPackedAcrossRows:
-        zero_point = float(BitsAt(bytes + expert * CeilDiv(p->n * bits, 8), stored, bits));
-        break;
-      case ZeroPoints::kOneByte:
-        zero_point = float(bytes[flat * stored_groups + source]);
-        break;
-      case ZeroPoints::kFloat:
-        zero_point = LoadFloat(p->zero_points.data, p->zero_points.dtype,
-                               size_t(flat * stored_groups + source));
-        QMOE_REQUIRE(std::isfinite(zero_point), p->name, " zero point of expert ", expert, ", row ",
-                     stored, ", block ", source, " is ", zero_point,
-                     "; zero points must be finite");
-        break;
-    }
-    out[group] = p->format->default_zero_point - zero_point;
-  }
-}
-
-float RowReader::Bias(int64_t expert, int64_t row) const {
-  const auto [p, stored] = Locate(row);
-  if (!p->bias.present) return 0.0f;
-  return LoadFloat(p->bias.data, p->bias.dtype, size_t(expert * p->n + stored));
-}
-
-float RowReader::SumScale(int64_t expert) const {
-  const TensorView& scale = parts_[0].sum_scale;
-  return scale.present ? LoadFloat(scale.data, scale.dtype, size_t(expert)) : 1.0f;
 }
 
 }  // namespace qmoe_plugin

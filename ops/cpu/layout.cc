@@ -1,34 +1,12 @@
 #include "ops/cpu/layout.h"
 
-#include <bit>
 #include <cstring>
 
 #include "ops/pack.h"
+#include "ops/pack_loops.h"
 
 namespace qmoe_plugin::cpu {
 namespace {
-
-static_assert(std::endian::native == std::endian::little, "dwords are put together from bytes");
-
-/// The 4 codes at `codes`, one a byte, as a dword.
-uint32_t FourCodes(const uint8_t* codes) {
-  uint32_t word;
-  std::memcpy(&word, codes, sizeof word);
-  return word;
-}
-
-template <int Bits>
-void Encode(const uint8_t* codes, int64_t k_padded, uint8_t* out) {
-  constexpr int kCodes = 32 / Bits;
-  for (int64_t k = 0; k < k_padded; k += kCodes) {
-    for (int n = 0; n < kPanelRows; ++n, out += 4) {
-      const uint8_t* row = codes + n * k_padded + k;
-      uint32_t word = 0;
-      for (int j = 0; j < kCodes; j += 4) word |= FourCodes(row + j) << CodeShift(Bits, j);
-      std::memcpy(out, &word, sizeof word);
-    }
-  }
-}
 
 /// Dwords of one 32-bit or two 16-bit codes.
 void EncodePlain(int code_bytes, const uint8_t* codes, int64_t k_padded, uint8_t* out) {
@@ -47,14 +25,7 @@ const bool registered = RegisterTileLayout({.layout = Layout::kCpuPanel16,
 
 void EncodePanel(const Format& format, const uint8_t* codes, int64_t k_padded, uint8_t* out) {
   if (format.plain()) return EncodePlain(format.code_bytes(), codes, k_padded, out);
-  switch (format.bits) {
-    case 2:
-      return Encode<2>(codes, k_padded, out);
-    case 4:
-      return Encode<4>(codes, k_padded, out);
-    default:
-      return Encode<8>(codes, k_padded, out);
-  }
+  GetPackLoops().panel(codes, k_padded, format.bits, out);
 }
 
 }  // namespace qmoe_plugin::cpu

@@ -5,6 +5,7 @@ first session. The session is made and dropped several times.
 
 host_anonymous       memory that is no file's, with the first session open
 host_anonymous_peak  the most of it at any time while the first session was made
+host_peak            the most of all its memory meanwhile, pages of files included
 host_file            pages of files, the model's data among them
 host_left            anonymous memory after the last session was dropped
 device               GPU memory (cuda only); the median, as other processes may use the GPU too
@@ -33,10 +34,10 @@ def host_memory() -> dict[str, int]:
 
 
 class Peak:
-    """The most anonymous memory while the `with` block runs."""
+    """The most anonymous memory (`value`), and of all, while the `with` block runs."""
 
     def __enter__(self) -> Peak:
-        self.value = 0
+        self.value = self.all = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -44,7 +45,9 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._done.wait(0.01):
-            self.value = max(self.value, host_memory()["Anonymous"])
+            now = host_memory()
+            self.value = max(self.value, now["Anonymous"])
+            self.all = max(self.all, now["Rss"])
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
@@ -78,6 +81,7 @@ def main(path: str, device: str) -> None:
     after = host_memory()
     cost["host_anonymous"] = after["Anonymous"] - before["Anonymous"]
     cost["host_anonymous_peak"] = max(peak.value, after["Anonymous"]) - before["Anonymous"]
+    cost["host_peak"] = max(peak.all, after["Rss"]) - before["Rss"]
     cost["host_file"] = (after["Rss"] - after["Anonymous"]) - (before["Rss"] - before["Anonymous"])
     del session
     cost["host_left"] = host_memory()["Anonymous"] - before["Anonymous"]

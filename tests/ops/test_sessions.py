@@ -143,6 +143,8 @@ def test_memory_of_a_session_with_external_data(tmp_path: Path, device: str) -> 
     limit = host_packed + 64 * MEGABYTE
     assert cost["host_anonymous"] <= limit, (cost, packed)
     assert cost["host_anonymous_peak"] <= limit, (cost, packed)
+    raw = (tmp_path / "big.data").stat().st_size
+    assert cost["host_peak"] <= raw + limit, (cost, raw, packed)
     assert cost["host_file"] <= 64 * MEGABYTE, (cost, packed)
     assert cost["host_left"] <= 64 * MEGABYTE, (cost, packed)
     assert cost["device"] <= 1.05 * packed, (cost, packed)
