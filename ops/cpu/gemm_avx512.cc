@@ -68,10 +68,10 @@ struct E4M3Decoder {
   QMOE_SIMD static Vec::I Prepare(Vec::I codes) { return codes; }
   template <int kShift>
   QMOE_SIMD Vec::F Decode(Vec::I codes) const {
-    const Vec::I code = _mm512_and_si512(_mm512_srli_epi32(codes, kShift), _mm512_set1_epi32(255));
-    const Vec::I sign = _mm512_and_si512(code, _mm512_set1_epi32(128));
-    // Shifted by 7 the sign is one bit too low; added to itself it moves up.
-    const Vec::I half = _mm512_slli_epi32(_mm512_add_epi32(code, sign), 7);
+    // The code in the upper byte of a word; shifted by one with its sign, which then is there twice.
+    const Vec::I word =
+        kShift > 8 ? _mm512_srli_epi32(codes, kShift - 8) : _mm512_slli_epi32(codes, 8 - kShift);
+    const Vec::I half = _mm512_and_si512(_mm512_srai_epi16(word, 1), _mm512_set1_epi32(0xbf80));
     return _mm512_mul_ps(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half)), _mm512_set1_ps(256.0f));
   }
 };

@@ -38,7 +38,7 @@ QMOE_SIMD Vec::I Dot(Vec::I acc, const Vec::I (&w)[kStepQuads], const int8_t* x)
 inline constexpr int kTileRows[] = {1, 2, 3, 4, 6, 8, 10, 12};
 inline constexpr int kMaxRows = 12;
 
-constexpr int VectorsInFlight(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 1; }
+constexpr int VectorsInFlight(int rows) { return rows <= 3 ? 4 : 1; }
 
 // In this order, which is that of use:
 #include "ops/cpu/gemm_scales.inc"
