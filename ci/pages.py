@@ -1,21 +1,19 @@
 """Writes the pages of docs/ that are generated: python ci/pages.py [--check]
 
 docs/command-line.md says what the parser of the command line knows, docs/benchmarks.md, a part of
-docs/performance.md and pictures what the files of ci/bench/results hold. With --check nothing is
-written, and the exit code says whether the pages are current. (docs/support.md is written by
-`python -m qmoe_plugin kernels --markdown`.)
+docs/performance.md, pictures and the CPU numbers in README.md what the files of ci/bench/results
+hold. With --check nothing is written, and the exit code says whether the pages are current.
+(docs/support.md is written by `python -m qmoe_plugin kernels --markdown`.)
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
+import cpu_pages
 import gpu_pages
-from gpu_pages import table as _table
 
 from qmoe_plugin.cli import parser
 
@@ -31,8 +29,10 @@ def main() -> int:
     stale = []
     pages = {"command-line.md": command_line(), "benchmarks.md": benchmarks()}
     pages |= {"performance.md": performance(), **gpu_pages.pictures(RESULTS)}
+    pages = {f"docs/{name}": text for name, text in pages.items()}
+    pages["README.md"] = cpu_pages.readme(RESULTS, (ROOT / "README.md").read_text())
     for name, text in pages.items():
-        page = ROOT / "docs" / name
+        page = ROOT / name
         if not check:
             page.write_text(text)
         elif not page.exists() or page.read_text() != text:
@@ -137,8 +137,7 @@ def benchmarks() -> str:
         "",
     ]
     lines += gpu_pages.sections(RESULTS)
-    for path in sorted(RESULTS.glob("cpu-*.json")):
-        lines += _cpu(json.loads(path.read_text()))
+    lines += cpu_pages.sections(RESULTS)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -147,27 +146,6 @@ def performance() -> str:
     before, _, rest = (ROOT / "docs" / "performance.md").read_text().partition(f"{BEGIN}\n")
     _, _, after = rest.partition(f"{END}\n")
     return "\n".join([f"{before}{BEGIN}", *gpu_pages.overview(RESULTS), f"{END}\n{after}"])
-
-
-def _cpu(content: dict[str, Any]) -> list[str]:
-    rows = [
-        (
-            case["name"], case.get("accuracy_level", content.get("accuracy_level")),
-            cell["tokens"], f"{cell['ours']['median_ms']:.2f}",
-            f"{cell['stock']['median_ms']:.2f}", f"{cell['speedup']:.2f}",
-        )
-        for case in content["cases"]
-        for cell in case["cells"]
-    ]  # fmt: skip
-    return [
-        f"## {content['machine']}, {content['threads']} thread{'s' * (content['threads'] > 1)}",
-        "",
-        f"Milliseconds of one layer (clock: {content['clock']}), float32, both ops at the same "
-        f"accuracy_level, onnxruntime {content['onnxruntime']}, {content['date'][:10]}.",
-        "",
-        *_table(("layer", "level", "tokens", "ours", "stock", "speedup"), rows),
-        "",
-    ]
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ import qmoe_plugin
 RESULTS = Path(__file__).resolve().parent / "results"
 STOCK_DOMAIN = "com.microsoft"
 STOCK_SWITCH = "ORT_QMOE_CPU_QNBIT_GEMM"
+ISAS = ("reference", "avx2", "avxvnni", "avx512", "amx")
 HEADER = (
     f"{'case':38} {'level':>5} {'tokens':>6} {'ours ms':>10} {'stock ms':>10} {'speedup':>8} "
     f"{'of floor':>8} {'our error':>10} {'stock err':>10}  kernel"
@@ -143,7 +144,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--levels", type=int, nargs="+", help="accuracy levels of both ops")
-    parser.add_argument("--isa", choices=("reference", "avx2", "avx512"), help="our kernels' best")
+    parser.add_argument("--isa", choices=ISAS, help="our kernels' best")
     parser.add_argument("--budget", type=float, help="seconds of measuring a case and token count")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, by its CPU time: for busy machines"
@@ -170,11 +171,11 @@ def result_path(machine: str, args: argparse.Namespace) -> Path:
     return args.output or RESULTS / f"cpu-{slug}{kind}{'-cpu-time' * args.cpu_time}.json"
 
 
-def kept_cases(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cases of an earlier file that this run has not measured again.
+def earlier_cases(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cases of an earlier file of results, none if there is no file.
 
     Raises:
-        SystemExit: If the file is of another machine, software or way of measuring.
+        SystemExit: If it is of another machine, software or way of measuring than `result`.
     """
     if not path.exists():
         return []
@@ -185,14 +186,18 @@ def kept_cases(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
                 f"bench_cpu: {path} cannot be updated: its {key} is {earlier.get(key)!r}, "
                 f"now it is {result[key]!r}; leave out --update"
             )
-    done = {(case["name"], case["accuracy_level"]) for case in result["cases"]}
-    return [c for c in earlier["cases"] if (c["name"], c["accuracy_level"]) not in done]
+    return list(earlier["cases"])
+
+
+def merged(earlier: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All cases, as measured last, in the order of CASES."""
+    order = [case.name for case in CASES]
+    cases = {(case["name"], case["accuracy_level"]): case for case in [*earlier, *measured]}
+    return [cases[key] for key in sorted(cases, key=lambda key: (order.index(key[0]), key[1]))]
 
 
 def write(result: dict[str, Any], output: Path) -> None:
-    """The results, in the order of the cases, and their picture."""
-    order = [case.name for case in CASES]
-    result["cases"].sort(key=lambda case: (order.index(case["name"]), case["accuracy_level"]))
+    """The results and their picture."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
     output.with_suffix(".svg").write_text(picture(result))
@@ -210,8 +215,7 @@ def main() -> int:
         print(f"bench_cpu: no case matches '{args.cases}'", file=sys.stderr)
         return 1
     ort.set_global_thread_pool_sizes(args.threads, 1)
-    bench = Bench(args)
-    result = {
+    result: dict[str, Any] = {
         **description(),
         "qmoe_plugin": qmoe_plugin.__version__,
         "threads": args.threads,
@@ -219,16 +223,17 @@ def main() -> int:
         "clock": "CPU time of one thread" if args.cpu_time else "wall",
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("ORT_", "QMOE_"))},
         "load_average_before": os.getloadavg()[0],
-        "rates": bench.rates,
     }
+    output = result_path(result["machine"], args)
+    earlier = earlier_cases(output, result) if args.update else []
+    bench = Bench(args)
+    result["rates"] = bench.rates
     rates = ", ".join(f"{name} {rate:g}" for name, rate in bench.rates.items())
     print(f"{result['machine']}, {args.threads} threads, onnxruntime {ort.__version__}; {rates}")
     print(HEADER)
-    result["cases"] = [found for case in cases for found in bench.run_case(case)]
+    result["cases"] = merged(earlier, [found for case in cases for found in bench.run_case(case)])
     result["load_average_after"] = os.getloadavg()[0]
-    output = result_path(result["machine"], args)
     if str(output) != "-":
-        result["cases"] += kept_cases(output, result) if args.update else []
         write(result, output)
     return 0
 

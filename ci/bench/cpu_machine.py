@@ -24,6 +24,7 @@ _ARITHMETIC = (
     ("amx", "bf16_amx"),
     ("avx512_bf16", "bf16_avx512"),
     ("avx512_vnni", "int8_avx512"),
+    ("avxvnni", "int8_avxvnni"),
     ("avx512", "fma_avx512"),
     ("avx2_int8", "int8_avx2"),
     ("avx2", "fma_avx2"),

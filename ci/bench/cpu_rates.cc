@@ -121,12 +121,15 @@ constexpr int64_t kSteps = 2'000'000;
 #define QMOE_FMA512(j) sums[j] = _mm512_fmadd_ps(a, b, sums[j]);
 #define QMOE_MADDUBS(j) \
   sums[j] = _mm256_add_epi32(sums[j], _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), b));
+#define QMOE_AVXVNNI(j) sums[j] = _mm256_dpbusd_avx_epi32(sums[j], a, b);
 #define QMOE_VNNI(j) sums[j] = _mm512_dpbusd_epi32(sums[j], a, b);
 #define QMOE_BF16(j) sums[j] = _mm512_dpbf16_ps(sums[j], (__m512bh)a, (__m512bh)b);
 
 QMOE_RATE(Fma256, "avx2,fma", __m256, _mm256_setzero_ps(), _mm256_set1_ps(1e-3f), QMOE_FMA256)
 QMOE_RATE(Fma512, "avx512f", __m512, _mm512_setzero_ps(), _mm512_set1_ps(1e-3f), QMOE_FMA512)
 QMOE_RATE(Maddubs256, "avx2", __m256i, _mm256_setzero_si256(), _mm256_set1_epi8(1), QMOE_MADDUBS)
+QMOE_RATE(AvxVnni256, "avx2,avxvnni", __m256i, _mm256_setzero_si256(), _mm256_set1_epi32(1),
+          QMOE_AVXVNNI)
 QMOE_RATE(Vnni512, "avx512f,avx512vnni", __m512i, _mm512_setzero_si512(), _mm512_set1_epi32(1),
           QMOE_VNNI)
 
@@ -205,6 +208,7 @@ int main(int argc, char** argv) {
     report("fma_avx2", 16 * kSums, Fma256);
     report("int8_avx2", 64 * kSums, Maddubs256);
   }
+  if (__builtin_cpu_supports("avxvnni")) report("int8_avxvnni", 64 * kSums, AvxVnni256);
   if (avx512) report("fma_avx512", 32 * kSums, Fma512);
   if (avx512 && __builtin_cpu_supports("avx512bf16")) report("bf16_avx512", 64 * kSums, Bf16Dot512);
   if (avx512 && __builtin_cpu_supports("avx512vnni")) report("int8_avx512", 128 * kSums, Vnni512);
