@@ -50,7 +50,9 @@ import qmoe_plugin
 RESULTS = Path(__file__).resolve().parent / "results"
 STOCK_DOMAIN = "com.microsoft"
 STOCK_SWITCH = "ORT_QMOE_CPU_QNBIT_GEMM"
-ISAS = ("reference", "avx2", "avxvnni", "avx512", "amx")
+ISAS = (
+    "reference", "avx2", "avxvnni", "avx512", "amx", "neon", "neon_dotprod", "neon_i8mm"
+)  # fmt: skip
 HEADER = (
     f"{'case':38} {'level':>5} {'tokens':>6} {'ours ms':>10} {'stock ms':>10} {'speedup':>8} "
     f"{'of floor':>8} {'our error':>10} {'stock err':>10}  kernel"
