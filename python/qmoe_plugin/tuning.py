@@ -8,6 +8,7 @@ rows; the library reads it where `QMOE_PLUGIN_TUNING` names it (`ops/tuning.h`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import statistics
 import tempfile
@@ -28,6 +29,7 @@ from qmoe_plugin.graph.retarget import Retarget
 from qmoe_plugin.kernels import Explanation, Problem, ask
 from qmoe_plugin.library import OPS, native, runtime
 from qmoe_plugin.report import logger
+from qmoe_plugin.tables import text_table
 from qmoe_plugin.taps import Providers, Source, activation_names, open_as_is, ort_errors
 from qmoe_plugin.whole_file import whole_file
 
@@ -40,6 +42,7 @@ _COPIES = 4
 _GAIN = 1.03
 """How much faster another kernel must be; less may be noise."""
 
+_HEADER = ("product", "rows", "kernel", "us", "instead of", "us")
 _WARM_UP = 3
 _MOST_ROWS = 2**31 - 1
 _GRAPH: Providers = [(CUDA_PROVIDER, {"enable_cuda_graph": "1"})]
@@ -73,6 +76,13 @@ class Choice:
         """As the file has it."""
         return f"{self.problem} rows {self.first_rows} {self.last_rows} kernel {self.kernel}"
 
+    @property
+    def row(self) -> tuple[str, ...]:
+        """For a table with _HEADER."""
+        rows = f"{self.first_rows} to {self.last_rows}"
+        us, default_us = f"{self.us:.1f}", f"{self.default_us:.1f}"
+        return (self.problem, rows, self.kernel, us, self.default, default_us)
+
 
 @dataclass(frozen=True)
 class TuneReport:
@@ -83,20 +93,38 @@ class TuneReport:
         target: What it measured on.
         nodes: Nodes with products of their own kind, which it measured.
         choices: Where another kernel is faster.
+        output: The tuning file; None if none was written.
     """
 
     model: str
     target: str
     nodes: int
     choices: tuple[Choice, ...]
+    output: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        """What was measured, a table of the choices, and how to use them."""
+        lines = [f"{self.model} on {self.target}: {self.nodes} kinds of nodes measured"]
+        if self.choices:
+            lines += text_table(_HEADER, [choice.row for choice in self.choices])
+        else:
+            lines.append("the kernels that run anyway are the fastest")
+        if self.output:
+            lines.append(f"use it: export {env.TUNING.name}={Path(self.output).resolve()}")
+        return "\n".join(lines)
 
 
 def tune(
     model: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
     tokens: Sequence[int] = TOKENS,
     repeat: int = 30,
+    dry_run: bool = False,
 ) -> TuneReport:
     """Measures the kernels that can run a model's nodes, and writes a file of what it found.
 
@@ -104,14 +132,17 @@ def tune(
 
     Args:
         model: Path of a model; nodes of either domain count.
-        output: The file to write.
+        output: The file to write; may be None in a dry run.
         tokens: Numbers of tokens, increasing; what is chosen for one holds down to the one before.
         repeat: Runs to time, of each kernel and number of tokens.
+        dry_run: Measures, but writes nothing.
 
     Raises:
         RuntimeError: If there is no GPU that sessions can use, or a session fails.
         ValueError: If the arguments are wrong, or the model has no node for our kernels.
     """
+    if output is None and not dry_run:
+        raise ValueError("say where to write, or ask for a dry run")
     if repeat < 1 or not tokens or min(tokens) < 1 or list(tokens) != sorted(set(tokens)):
         raise ValueError(
             f"repeat is {repeat} and tokens are {list(tokens)}; at least 1 is needed, and tokens "
@@ -127,10 +158,14 @@ def tune(
         for node, description in found:
             logger.info("measuring %s", node.name)
             choices += _Tuner(source, where, node, description, tokens, repeat).choices()
-    text = native().tuning_header(0) + "".join(f"{choice.line}\n" for choice in choices)
-    with whole_file(Path(output)) as partial:
-        partial.write_text(text)
-    return TuneReport(str(path), str(where), len(found), tuple(choices))
+    written = None if dry_run or output is None else Path(output)
+    if written is not None:
+        text = native().tuning_header(0) + "".join(f"{choice.line}\n" for choice in choices)
+        with whole_file(written) as partial:
+            partial.write_text(text)
+    return TuneReport(
+        str(path), str(where), len(found), tuple(choices), None if written is None else str(written)
+    )
 
 
 def distinct_nodes(source: Source) -> list[tuple[ir.Node, Description]]:
@@ -348,12 +383,3 @@ def _variable(path: Path | None) -> Iterator[None]:
         os.environ.pop(env.TUNING.name, None)
         if before is not None:
             os.environ[env.TUNING.name] = before
-
-
-def as_rows(report: TuneReport) -> list[tuple[Any, ...]]:
-    """The choices, for a table."""
-    return [
-        (c.problem, f"{c.first_rows} to {c.last_rows}", c.kernel, f"{c.us:.1f}", c.default,
-         f"{c.default_us:.1f}")
-        for c in report.choices
-    ]  # fmt: skip

@@ -1,5 +1,8 @@
 """`tune`: what it measures, what it chooses, and what the library makes of its file."""
 
+import json
+from pathlib import Path
+
 import onnx
 import pytest
 from helpers.cases import MatMulNBitsCase, QMoECase, feeds_of
@@ -95,12 +98,29 @@ def test_wrong_arguments(arguments, message, tmp_path, monkeypatch):
     assert not (tmp_path / "out.txt").exists()
 
 
+def test_a_report_as_text_and_json():
+    problem, default = "dense int4 float16", "gemv_sm80"
+    choice = tuning.Choice(problem, 9, 16, "grouped_gemm_sm90", 5.0, default, 7.25)
+    report = tuning.TuneReport("m.onnx", "CUDA (sm_90)", 1, (choice,), "tuning.txt")
+    assert "9 to 16" in str(report)
+    assert "7.2" in str(report)
+    assert f"export QMOE_PLUGIN_TUNING={Path('tuning.txt').resolve()}" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["choices"][0]["kernel"] == "grouped_gemm_sm90"
+
+
+def test_it_asks_where_to_write(tmp_path):
+    assert "say where to write" in error_line(run("tune", tmp_path / "m.onnx"))
+    assert "GPU" in error_line(run("tune", tmp_path / "m.onnx", "--dry-run"))
+
+
 @pytest.mark.gpu
 def test_tune_on_a_gpu(cuda, tmp_path, monkeypatch):
     case = QMoECase(hidden=256, inter=256, experts=8, topk=2, dtype="float16")
     tensors = case.tensors()
     path = save_external(case.model(tensors, "com.microsoft"), tmp_path)
     file = tmp_path / "tuning.txt"
+    dry = run("tune", path, "--tokens", 1, "--repeat", 3, "--dry-run", "--json")
+    assert json.loads(dry.stdout)["nodes"] == 1, dry.stderr
     done = run("tune", path, file, "--tokens", 1, 8, 64, "--repeat", 3)
     assert done.returncode == 0, done.stderr
     assert "1 kinds of nodes measured" in done.stdout
