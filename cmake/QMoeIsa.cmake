@@ -14,6 +14,8 @@ function(qmoe_select_isas name)
         if(CMAKE_MATCH_1)
           string(REPLACE "_" "-mavx512" extension "${CMAKE_MATCH_1}")
           list(APPEND flags ${extension})
+        elseif(QMOE_PLUGIN_SANITIZE AND source MATCHES "_amx\\.cc$")
+          list(APPEND flags -fno-sanitize=all)  # would take a minute; its twin in tests/cpp/emulated is sanitized
         endif()
         set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${flags}")
       endif()
