@@ -8,7 +8,7 @@ from typing import Any
 
 from gpu_pages import table as _table
 
-README_CPU = "cpu-amd-epyc-family-25-model-17-1t-cpu-time.json"
+README_CPU = "cpu-amd-epyc-family-25-model-17-2t.json"
 README_CASES = (
     "gpt-oss-20b int4 b32",
     "gpt-oss-20b mxfp4",
@@ -50,7 +50,8 @@ def readme(results: Path, text: str) -> str:
     after = rest.split(last)[1]
     intro = [
         f"On an {content['machine']}, milliseconds of one layer, ours / stock at the same",
-        f"accuracy_level (0 is exact); onnxruntime {content['onnxruntime']}, {content['clock']};",
+        f"accuracy_level (0 is exact); onnxruntime {content['onnxruntime']}, threads: "
+        f"{content['threads']}, clock: {content['clock']};",
         f"`ci/bench/results/{path.name}`, written by `ci/bench/bench_cpu.py`:",
         "",
     ]
