@@ -17,6 +17,9 @@ using cpu::PartStart;
 constexpr int64_t kChunkRows = 480;
 constexpr int64_t kLoadRows = 8;
 
+/// Tasks that a product should have for cores to share, with as many rows at least.
+constexpr int64_t kFewestTasks = 8, kFewestRows = 16;
+
 class CpuMatMulNBits : public MatMulNBits {
  public:
   CpuMatMulNBits(const MatMulConfig& config, const PackSource& source)
@@ -95,7 +98,10 @@ class CpuMatMulNBits : public MatMulNBits {
   }
 
   void Multiply(const cpu::PackedMatrix::Rows& a, void* y, const ExecutionContext& context) const {
-    const int64_t blocks = (a.count + kTaskRows - 1) / kTaskRows;
+    // A few columns (a router's) make few tasks: rows are cut smaller then, as long as it pays.
+    const int64_t wanted = (kFewestTasks + matrix_.tasks() - 1) / matrix_.tasks();
+    const int64_t blocks =
+        std::max((a.count + kTaskRows - 1) / kTaskRows, std::min(wanted, a.count / kFewestRows));
     cpu::RunTasks(context, blocks * matrix_.tasks(), [&](size_t i) {
       // Neighbours share weights.
       const int64_t task = int64_t(i) / blocks, block = int64_t(i) % blocks;
