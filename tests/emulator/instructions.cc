@@ -9,8 +9,7 @@ namespace {
 /// Of all threads of the running block; forgotten when the next one starts.
 struct State {
   uint64_t block = ~uint64_t(0);
-  std::map<unsigned, Copies> copies;
-  std::map<unsigned, Products> products;
+  std::map<unsigned, Groups> copies, products;  // by thread
   struct Barrier {
     int arrivals, missing;
     int64_t bytes = 0;
@@ -23,7 +22,7 @@ State& Current() {
   static State state;
   if (state.block != BlockNumber()) {
     for (const auto& [thread, products] : state.products)
-      if (!products.pending.empty()) Fail("a thread ended before its wgmmas did");
+      if (!products.empty()) Fail("a thread ended before its wgmmas did");
     state = {};
     state.block = BlockNumber();
   }
@@ -47,8 +46,8 @@ void Settle(State::Barrier& barrier) {
 
 }  // namespace
 
-Copies& CopiesOfThread() { return Current().copies[threadIdx.x]; }
-Products& ProductsOfThread() { return Current().products[threadIdx.x]; }
+Groups& CopiesOfThread() { return Current().copies[threadIdx.x]; }
+Groups& ProductsOfThread() { return Current().products[threadIdx.x]; }
 
 void InitBarrier(uint32_t barrier, int arrivals) {
   SharedPointer(barrier, 8);
@@ -63,12 +62,10 @@ void Arrive(uint32_t address, uint32_t expected_bytes) {
 }
 
 void ArriveAfterCopies(uint32_t barrier) {
-  Copies& mine = CopiesOfThread();
-  Later([barrier, copies = std::move(mine.pending)] {
+  Later([barrier, copies = CopiesOfThread().Take()] {
     for (const auto& copy : copies) copy();
     Arrive(barrier, 0);
   });
-  mine = {};
 }
 
 void Wait(uint32_t address, uint32_t parity) {

@@ -18,13 +18,8 @@ void ArriveAfterCopies(uint32_t barrier);
 void Wait(uint32_t barrier, uint32_t parity);
 void CopyBox(uint32_t shared, const CUtensorMap& tensor, int column, int row, uint32_t barrier);
 
-/// Warpgroup products of this thread that are under way: done when the thread waits for them.
-struct Products {
-  std::vector<std::function<void()>> pending;
-  std::vector<size_t> groups;  // as in Copies
-  size_t open = 0;
-};
-Products& ProductsOfThread();
+/// This thread's warpgroup products.
+Groups& ProductsOfThread();
 
 inline char* Swizzled(uint32_t address, size_t bytes) {
   return SharedPointer(address ^ (address >> 7 & 7) << 4, bytes);
@@ -60,20 +55,11 @@ inline void WgmmaFence() {}
 template <int kRegisters>
 void HoldRegisters(uint32_t (&)[kRegisters]) {}
 
-inline void WgmmaCommit() {
-  emulator::Products& products = emulator::ProductsOfThread();
-  products.groups.push_back(std::exchange(products.open, 0));
-}
+inline void WgmmaCommit() { emulator::ProductsOfThread().Commit(); }
 
 template <int kPending>
 void WgmmaWait() {
-  emulator::Products& products = emulator::ProductsOfThread();
-  while (products.groups.size() > size_t(kPending)) {
-    const auto end = products.pending.begin() + ptrdiff_t(products.groups.front());
-    for (auto product = products.pending.begin(); product != end; ++product) (*product)();
-    products.pending.erase(products.pending.begin(), end);
-    products.groups.erase(products.groups.begin());
-  }
+  emulator::ProductsOfThread().Wait(size_t(kPending));
 }
 
 /// The shared address that begins the operand; SwizzledOperand of the real file puts it into a descriptor.
@@ -97,10 +83,8 @@ void Wgmma(float* d, const uint32_t (&a)[4], uint64_t b_operand) {
   });
   std::array<float, 32> left;
   std::copy_n(rows[0], 32, left.begin());
-  emulator::Products& products = emulator::ProductsOfThread();
-  ++products.open;
   // Reads b as late as the hardware may, so that a stage that is given back too early shows.
-  products.pending.push_back([=] {
+  emulator::ProductsOfThread().Add([=] {
     for (unsigned n = 0; n < unsigned(kN); ++n) {
       if (n % 8 / 2 != t) continue;
       const uint32_t row = uint32_t(b_operand << 4) + n / 8 * 1024 + n % 8 * 128;

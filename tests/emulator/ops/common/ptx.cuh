@@ -9,13 +9,35 @@
 
 namespace emulator {
 
-/// cp.async of this thread that is under way: done when the thread waits for it.
-struct Copies {
-  std::vector<std::function<void()>> pending;
-  std::vector<size_t> groups;  // copies in each committed group, oldest first
-  size_t open = 0;             // copies that belong to no group yet
+/// Asynchronous work of a thread, in groups: done when the thread waits for its group.
+class Groups {
+ public:
+  void Add(std::function<void()> work) {
+    ++open_;
+    pending_.push_back(std::move(work));
+  }
+  void Commit() { groups_.push_back(std::exchange(open_, 0)); }
+  /// Does the oldest groups, until at most so many are left.
+  void Wait(size_t left) {
+    while (groups_.size() > left) {
+      const auto end = pending_.begin() + ptrdiff_t(groups_.front());
+      for (auto work = pending_.begin(); work != end; ++work) (*work)();
+      pending_.erase(pending_.begin(), end);
+      groups_.erase(groups_.begin());
+    }
+  }
+  bool empty() const { return pending_.empty(); }
+  /// All that is pending, which is forgotten.
+  std::vector<std::function<void()>> Take() { return std::exchange(*this, {}).pending_; }
+
+ private:
+  std::vector<std::function<void()>> pending_;
+  std::vector<size_t> groups_;  // pieces of work in each committed group, oldest first
+  size_t open_ = 0;             // pieces that belong to no group yet
 };
-Copies& CopiesOfThread();
+
+/// This thread's cp.async.
+Groups& CopiesOfThread();
 
 template <class T>
 T LoadGlobal(const void* p) {
@@ -62,9 +84,7 @@ inline void StoreShared16(uint32_t address, uint4 v) {
 
 inline void CopyAsync16(uint32_t shared, const void* global, bool valid) {
   char* to = emulator::SharedPointer(shared, 16);
-  emulator::Copies& copies = emulator::CopiesOfThread();
-  ++copies.open;
-  copies.pending.push_back([=] {
+  emulator::CopiesOfThread().Add([=] {
     const uint4 value = valid ? emulator::LoadGlobal<uint4>(global) : uint4{};
     std::memcpy(to, &value, 16);
   });
@@ -77,25 +97,14 @@ template <int kBytes>
 void CopyAsync(uint32_t shared, const void* global) {
   char* to = emulator::SharedPointer(shared, kBytes);
   if (reinterpret_cast<uintptr_t>(global) % kBytes != 0) emulator::Fail("cp.async is not aligned");
-  emulator::Copies& copies = emulator::CopiesOfThread();
-  ++copies.open;
-  copies.pending.push_back([=] { std::memcpy(to, global, kBytes); });
+  emulator::CopiesOfThread().Add([=] { std::memcpy(to, global, kBytes); });
 }
 
-inline void CopyAsyncCommit() {
-  emulator::Copies& copies = emulator::CopiesOfThread();
-  copies.groups.push_back(std::exchange(copies.open, 0));
-}
+inline void CopyAsyncCommit() { emulator::CopiesOfThread().Commit(); }
 
 template <int kPending>
 void CopyAsyncWait() {
-  emulator::Copies& copies = emulator::CopiesOfThread();
-  while (copies.groups.size() > size_t(kPending)) {
-    const auto end = copies.pending.begin() + ptrdiff_t(copies.groups.front());
-    for (auto copy = copies.pending.begin(); copy != end; ++copy) (*copy)();
-    copies.pending.erase(copies.pending.begin(), end);
-    copies.groups.erase(copies.groups.begin());
-  }
+  emulator::CopiesOfThread().Wait(size_t(kPending));
 }
 
 inline void LetNextStart() {}
