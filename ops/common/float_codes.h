@@ -54,33 +54,55 @@ __device__ inline T2 FromHalf2(__half2 v) {
 }
 #endif
 
-/// Fragments of e2m1 codes. Nibbles lie as int4's do: the codes of a pair 16 bits apart, pair i at bit 4 * (0, 2, 1, 3).
+/// Fragments of e2m1 codes. A code is cut into sign and magnitude, so that few instructions bring those of a pair to where a half2
+/// has them, bits 15 and 11 to 9 of either half (the second code's bits lie 16 higher; bit 34 is bit 2):
+///
+///   pair  magnitude  sign
+///    0      9 - 11    15    in place
+///    1     12 - 14    18    after a rotation by 3
+///    2      6 -  8     0
+///    3      3 -  5     1
 ///
 /// Placed at the top of a float16's exponent and mantissa, e2m1 is the float16 of the same value times 2^-14, its
 /// subnormals included, so one multiplication finishes the conversion, exactly.
 template <class Derived>
 struct E2M1Fragment : formats::FormatBase<Derived, 4> {
   static void EncodeFragment(const uint8_t* codes, uint8_t* bytes) {
-    bytes[0] = uint8_t(codes[0] | codes[4] << 4);
-    bytes[1] = uint8_t(codes[2] | codes[6] << 4);
-    bytes[2] = uint8_t(codes[1] | codes[5] << 4);
-    bytes[3] = uint8_t(codes[3] | codes[7] << 4);
+    constexpr int kMagnitude[4] = {9, 12, 6, 3}, kSign[4] = {15, 18, 0, 1};
+    uint32_t word = 0;
+    for (int i = 0; i < 8; ++i) {
+      const int second = i % 2 * 16;
+      word |= uint32_t(codes[i] & 7) << (kMagnitude[i / 2] + second);
+      word |= uint32_t(codes[i] >> 3 & 1) << ((kSign[i / 2] + second) % 32);
+    }
+    for (int i = 0; i < 4; ++i) bytes[i] = uint8_t(word >> (8 * i));
   }
 
   /// Two float16: the values of pair `pair` times 2^-14.
   QMOE_HOST_DEVICE static constexpr uint32_t ScaledHalf2(uint32_t word, int pair) {
-    const uint32_t codes = word >> ((pair & 1 ? 8 : 0) + (pair < 2 ? 0 : 4));
-    return (codes & 0x00080008u) << 12 | (codes & 0x00070007u) << 9;
+    constexpr uint32_t kSigns = 0x80008000u, kMagnitudes = 0x0e000e00u;
+    if (pair == 0) return word & (kSigns | kMagnitudes);
+    if (pair == 1) return (word >> 3 | word << 29) & (kSigns | kMagnitudes);
+    if (pair == 2) return (word << 3 & kMagnitudes) | (word << 15 & kSigns);
+    return (word << 6 & kMagnitudes) | (word << 14 & kSigns);
   }
 
 #if defined(__CUDACC__)
-  template <class T2>
-  __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
+  /// What kernels that scale float16 weights anyway may use instead of DequantFragment: values times 2^-14.
+  static constexpr float kScaledHalfFactor = 16384;
+  __device__ static void ScaledFragment(const uint32_t* words, __half2 (&a)[4]) {
     for (int i = 0; i < 4; ++i) {
       const uint32_t bits = ScaledHalf2(words[0], i);
-      a[i] = FromHalf2<T2>(
-          __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(16384.0f)));
+      a[i] = reinterpret_cast<const __half2&>(bits);
     }
+  }
+
+  template <class T2>
+  __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
+    __half2 scaled[4];
+    ScaledFragment(words, scaled);
+    for (int i = 0; i < 4; ++i)
+      a[i] = FromHalf2<T2>(__hmul2(scaled[i], __float2half2_rn(kScaledHalfFactor)));
   }
 #endif
 };
@@ -98,13 +120,21 @@ struct E4M3Fragment : formats::FormatBase<Derived, 8> {
   }
 
 #if defined(__CUDACC__)
-  template <class T2>
-  __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
+  /// As in E2M1Fragment: values times 2^-8.
+  static constexpr float kScaledHalfFactor = 256;
+  __device__ static void ScaledFragment(const uint32_t* words, __half2 (&a)[4]) {
     for (int i = 0; i < 4; ++i) {
       const uint32_t bits = ScaledHalf2(words, i);
-      a[i] =
-          FromHalf2<T2>(__hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f)));
+      a[i] = reinterpret_cast<const __half2&>(bits);
     }
+  }
+
+  template <class T2>
+  __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
+    __half2 scaled[4];
+    ScaledFragment(words, scaled);
+    for (int i = 0; i < 4; ++i)
+      a[i] = FromHalf2<T2>(__hmul2(scaled[i], __float2half2_rn(kScaledHalfFactor)));
   }
 #endif
 };

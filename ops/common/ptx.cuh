@@ -88,6 +88,16 @@ __device__ inline void CopyAsync(uint32_t shared, const void* global) {
                  : "memory");
 }
 
+/// Copies 16 bytes of a long stream that is read once: the second-level cache fetches what follows, and gives them up first.
+__device__ inline void CopyAsyncStream16(uint32_t shared, const void* global) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2;" ::"r"(shared),
+      "l"(global), "l"(policy)
+      : "memory");
+}
+
 __device__ inline void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 /// Waits until at most kPending of this thread's committed groups are unfinished.

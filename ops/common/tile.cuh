@@ -122,6 +122,44 @@ struct LaneCodes {
   }
 };
 
+/// The codes of one lane in one fragment of a tile, as words.
+template <class F>
+struct FragmentCodes {
+  uint32_t words[F::kBits < 4 ? 1 : F::kBits / 4];
+
+  /// Fragment j of a tile in shared memory.
+  __device__ void LoadShared(const char* tile, int lane, int j) {
+    const char* from = tile + FragmentOffset(F::kBits, lane, j);
+    if constexpr (F::kBits == 2) {
+      words[0] = *reinterpret_cast<const uint16_t*>(from);
+    } else if constexpr (F::kBits == 4) {
+      words[0] = *reinterpret_cast<const uint32_t*>(from);
+    } else if constexpr (F::kBits == 8) {
+      const uint2 v = *reinterpret_cast<const uint2*>(from);
+      words[0] = v.x, words[1] = v.y;
+    } else {
+      static_assert(F::kBits == 16);
+      const uint4 v = *reinterpret_cast<const uint4*>(from);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    }
+  }
+
+  /// Like LaneCodes::Dequant.
+  template <class T2>
+  __device__ void Dequant(const Codebook<F>& codebook, T2 (&a)[4]) const {
+    if constexpr (F::kCodebook) {
+      static_assert(F::kBits == 4 && std::is_same_v<T2, float2>);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t pair = words[0] >> (8 * i);
+        a[i] = make_float2(codebook[pair & 15], codebook[(pair >> 4) & 15]);
+      }
+    } else {
+      F::DequantFragment(words, a);
+    }
+  }
+};
+
 /// Adds sums of rows g (0, 1) and g + 8 (2, 3), each times its part of `scale`.
 __device__ inline void AddScaled(const float (&part)[4], float2 scale, float (&sums)[4]) {
   sums[0] += part[0] * scale.x, sums[1] += part[1] * scale.x;

@@ -70,6 +70,8 @@ struct CudaGemmArgs {
   int64_t max_tiles;      // the grid is made for so many
   int64_t rows;
   int tile_rows;
+  int*
+      next_item;  // on the device, 0: persistent blocks count the work items that they take; null = they take turns
 
   // Output [rows, n], or [rows, n / 2] for gated weights.
   void* y;
@@ -105,6 +107,8 @@ struct CudaGemm {
   void (*launch)(const CudaGemmArgs&, cudaStream_t);
   /// The same, routing by itself; null for kernels that cannot.
   void (*launch_routed)(const CudaGemmArgs&, const FusedRoute&, cudaStream_t);
+  /// Wants the rows of x in the order of their experts rather than gather them itself.
+  bool wants_sorted_x;
 };
 
 /// Upper bound of the number of row tiles.
@@ -144,8 +148,9 @@ consteval bool TakesFormat() {
 
 template <class F, class Gemm>
 Kernel DescribeCudaGemm(const char* stem) {
-  static CudaGemm gemm{&Gemm::TileRows, &Gemm::Prepare, &Gemm::Launch, nullptr};
+  static CudaGemm gemm{&Gemm::TileRows, &Gemm::Prepare, &Gemm::Launch, nullptr, false};
   if constexpr (requires { &Gemm::LaunchRouted; }) gemm.launch_routed = &Gemm::LaunchRouted;
+  if constexpr (requires { Gemm::kWantsSortedX; }) gemm.wants_sorted_x = Gemm::kWantsSortedX;
   Kernel kernel;
   kernel.name = std::string(stem) + "." + F::kName;
   kernel.stem = stem;

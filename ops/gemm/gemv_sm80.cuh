@@ -2,7 +2,7 @@
 // what counts is the instructions spent on a k tile, and that every multiprocessor has loads in flight all the time.
 //
 //   unit       one weight row tile (16 rows, all of K) of one slot; a slot is an expert with its up to 8 or 16 rows of x
-//   grid       one block a multiprocessor; each takes an equal, contiguous range of units
+//   grid       one block a multiprocessor; each takes a contiguous range of units, of equal cost
 //   block      16 warps share the range's k tiles evenly, wherever units begin and end: all finish together
 //   warp       streams its k tiles by cp.async through a ring of its own, 4 KB of codes in flight; no barriers but its own
 //   x          rows of the block's slots in shared memory, all of K: [slot, row, K], zeros beyond K
@@ -154,6 +154,44 @@ __device__ void StageX(const CudaGemmArgs& args, const Plan& plan, const RowTile
   CopyAsyncCommit();
 }
 
+/// Where this block's units begin and end if all cost the same: those of more than 8 rows take longer. One warp; all lanes get both.
+__device__ inline void CutByCost(const CudaGemmArgs& args, int slots, int lane, int* begin,
+                                 int* end) {
+  constexpr int kFew = 10, kMany = 13;  // measured
+  const auto cost = [&](int slot) {
+    RowTile tile;
+    if (slot >= slots || !GetRowTile(args, slot, &tile)) return 0;
+    return tile.row_count > 8 ? kMany : kFew;
+  };
+  int64_t all = 0;
+  for (int first = 0; first < slots; first += 32)
+    all += __reduce_add_sync(0xffffffff, unsigned(cost(first + lane)));
+  all *= args.row_tiles;
+  const int64_t from = all * blockIdx.x / gridDim.x, to = all * (blockIdx.x + 1) / gridDim.x;
+  int begins = 0, ends = 0;  // units that begin before `from` and `to`, of this lane's slots
+  int64_t before = 0;        // cost of the slots so far
+  for (int first = 0; first < slots; first += 32) {
+    const int mine = cost(first + lane);
+    int sum = mine;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(0xffffffff, sum, offset);
+      if (lane >= offset) sum += other;
+    }
+    const int64_t slot_begin = before + int64_t(sum - mine) * args.row_tiles;
+    const auto units_before = [&](int64_t cut) {
+      if (mine == 0 || cut <= slot_begin) return 0;
+      const int64_t units = min((cut - slot_begin + mine - 1) / mine, int64_t(args.row_tiles));
+      return (first + lane) * args.row_tiles + int(units);
+    };
+    begins = max(begins, units_before(from));
+    ends = max(ends, units_before(to));
+    before += int64_t(__shfl_sync(0xffffffff, sum, 31)) * args.row_tiles;
+  }
+  *begin = int(__reduce_max_sync(0xffffffff, unsigned(begins)));
+  *end = int(__reduce_max_sync(0xffffffff, unsigned(ends)));
+}
+
 template <class F, class T, Blocks kBlocks, bool kOffsets, int kN>
 __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     gemv_sm80(const __grid_constant__ CudaGemmArgs args, const __grid_constant__ Plan plan,
@@ -175,10 +213,15 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     slots = route.slots;
   }
   const int units = slots * args.row_tiles, k_tiles = (args.k + kTileK - 1) / kTileK;
-  const int share = plan.blocks.Divide(units), more = units - share * int(gridDim.x);
-  const int block = int(blockIdx.x);  // the first `more` blocks take one more
-  int begin = block * share + min(block, more);
-  const int block_end = begin + share + (block < more);
+  int begin, block_end;
+  if constexpr (kN == 1) {
+    const int share = plan.blocks.Divide(units), more = units - share * int(gridDim.x);
+    const int block = int(blockIdx.x);  // the first `more` blocks take one more
+    begin = block * share + min(block, more);
+    block_end = begin + share + (block < more);
+  } else {
+    CutByCost(args, slots, lane, &begin, &block_end);
+  }
   while (begin < block_end) {
     const int first_slot = plan.row_tiles.Divide(begin);
     if (threadIdx.x < kMaxSlots && first_slot + int(threadIdx.x) < slots) {

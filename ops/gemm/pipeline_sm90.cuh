@@ -2,8 +2,11 @@
 // and cp.async, and others empty. Barriers say when a stage is full and when it is empty again; loading runs ahead across work items.
 #pragma once
 
+#include <algorithm>
+
 #include "ops/common/hopper.cuh"
 #include "ops/common/tile.cuh"
+#include "ops/gemm/epilogue_sm90.cuh"
 #include "ops/gemm/gemm.cuh"
 
 namespace qmoe_plugin::grouped_gemm_sm90 {
@@ -11,16 +14,101 @@ namespace qmoe_plugin::grouped_gemm_sm90 {
 inline constexpr int kConsumers = 2;  // warpgroups that multiply
 inline constexpr int kGroup = 128;    // threads of a warpgroup
 inline constexpr int kThreads = kGroup * (1 + kConsumers);
-inline constexpr int kSteps = 2;                // k16 steps that are decoded at once
 inline constexpr int kMaxBlocks = kTileK / 16;  // quantization blocks in a k tile, at most
 inline constexpr int kTileScaleBytes = kMaxBlocks * kTileRows * 2;  // at most
-/// Sums on their way out, [16, 32] a warp; + 8: no bank conflicts.
-inline constexpr int kStagedStride = 32 + 8, kStagedFloats = kTileRows * kStagedStride;
+/// Counts through a ring of stages of so many bytes.
+template <int kStages, int kBytes>
+struct RingIndex {
+  int stage = 0;
+  int offset = 0;  // of the stage, in bytes
+  uint32_t parity = 0;
+  __device__ void Next() {
+    const bool wraps = ++stage == kStages;
+    stage = wraps ? 0 : stage;
+    offset = wraps ? 0 : offset + kBytes;
+    parity ^= wraps;
+  }
+  __device__ int Previous() const { return stage == 0 ? kStages - 1 : stage - 1; }
+};
 
-/// A stage of the pipeline in shared memory, and what follows from its size. kRows: rows of x in a tile, 32 or 128; kStacks: stacks
-/// of 64 weight rows of each consumer.
+/// The barriers of the ring: stage s is full, and is empty again.
+struct Barriers {
+  uint32_t base;
+  __device__ uint32_t Full(int stage) const { return base + stage * 16; }
+  __device__ uint32_t Empty(int stage) const { return base + stage * 16 + 8; }
+};
+
+/// Work items: (row tile, block of kBlockTiles weight row tiles), weights first, so that blocks that run at once share x and experts.
+template <int kBlockTiles>
+class Items {
+ public:
+  __device__ explicit Items(const CudaGemmArgs& args)
+      : args_(args), weight_blocks_((args.row_tiles + kBlockTiles - 1) / kBlockTiles) {}
+
+  /// Of an item; false beyond the last.
+  __device__ bool Rows(int item, RowTile* tile) const {
+    const int index = item / weight_blocks_;
+    return index < args_.max_tiles && GetRowTile(args_, index, tile);
+  }
+  __device__ int FirstRowTile(int item) const { return item % weight_blocks_ * kBlockTiles; }
+
+ private:
+  const CudaGemmArgs& args_;
+  int weight_blocks_;
+};
+
+/// What the loading warpgroup tells the others of a block: which items it takes, one after the other. It is up to kSlots ahead.
+class ItemQueue {
+ public:
+  static constexpr int kSlots = 2, kBytes = kSlots * 16 + kSlots * 4;
+  static constexpr int kEnd = -1;
+
+  __device__ ItemQueue(uint32_t barriers, char* memory)
+      : barriers_(barriers), items_(reinterpret_cast<volatile int*>(memory + kSlots * 16)) {}
+
+  /// One thread of the block; `readers` warps will read.
+  __device__ void Init(int readers) const {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      BarrierInit(barriers_ + slot * 16, 1);
+      BarrierInit(barriers_ + slot * 16 + 8, readers);
+    }
+  }
+
+  __device__ void Push(int item) {
+    BarrierWait(barriers_ + slot_ * 16 + 8, parity_ ^ 1);
+    items_[slot_] = item;
+    BarrierArrive(barriers_ + slot_ * 16);
+    Next();
+  }
+
+  /// All lanes of a warp.
+  __device__ int Pop() {
+    BarrierWait(barriers_ + slot_ * 16, parity_);
+    const int item = items_[slot_];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) BarrierArrive(barriers_ + slot_ * 16 + 8);
+    Next();
+    return item;
+  }
+
+ private:
+  __device__ void Next() {
+    if (++slot_ == kSlots) slot_ = 0, parity_ ^= 1;
+  }
+
+  uint32_t barriers_;
+  volatile int* items_;
+  int slot_ = 0;
+  uint32_t parity_ = 0;
+};
+
+/// A stage of the pipeline in shared memory, and what follows from its size. kRows: rows of x in a tile, 32, 128 or 256; kStacks:
+/// stacks of 64 weight rows of each consumer.
 template <class F, int kRows, int kStacks, bool kOffsets>
 struct Stage {
+  /// k16 steps that are decoded at once. The compiler gives the operands of each size of wgmma registers of their own, so that many
+  /// sizes leave room for one only.
+  static constexpr int kSteps = kRows > 128 ? 1 : 2;
   static constexpr int kTiles = kConsumers * kStacks * 4;  // weight row tiles of the block
   static constexpr int kX = 0;
   static constexpr int kCodes = kX + kRows * kTileK * 2;
@@ -28,10 +116,16 @@ struct Stage {
   static constexpr int kZeros = kScales + kTiles * kTileScaleBytes;
   static constexpr int kUsed = kZeros + (kOffsets ? kTiles * kTileScaleBytes : 0);
   static constexpr int kBytes = (kUsed + 1023) / 1024 * 1024;  // operand B wants its alignment
-  // In front of the stages: barriers, staged sums. And up to 1023 bytes to align.
-  static constexpr int kStaged = 256;
-  static constexpr int kFront =
-      (kStaged + kConsumers * 4 * kStagedFloats * int(sizeof(float)) + 1023) / 1024 * 1024;
+  /// Rows of x that one tensor copy brings: as many as possible, or half of that. A copy costs the same whatever its size.
+  static constexpr int kBoxRows = kRows <= 32 ? 32 : 128, kHalfBoxRows = kBoxRows / 2;
+  /// Results of a consumer on their way out, [kStagedRows, 64 * kStacks] of 16 bits; + 16 bytes a row: no bank conflicts.
+  static constexpr int kStagedRows = kRows < 64 / kStacks ? kRows : 64 / kStacks;
+  static constexpr int kStagedStride = 64 * kStacks * 2 + 16;
+  static constexpr int kStagedBytes = std::max(kStagedRows * kStagedStride, 4 * kStagedFloats * 4);
+  // In front of the stages: barriers, queue of items, staged results. And up to 1023 bytes to align.
+  static constexpr int kQueue = 128, kStaged = 256;
+  static_assert(kQueue + ItemQueue::kBytes <= kStaged);
+  static constexpr int kFront = (kStaged + kConsumers * kStagedBytes + 1023) / 1024 * 1024;
   /// Stages that fit if so many blocks share a multiprocessor.
   static constexpr int Fit(int blocks) {
     const int stages = ((227 << 10) / blocks - 1024 - 1024 - kFront) / kBytes;
@@ -50,55 +144,13 @@ struct Stage {
                 (1 + kConsumers) * kLaunchRegisters);
 };
 
-/// Counts through the ring of stages.
-template <int kStages>
-struct RingIndex {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void Next() {
-    const bool wraps = ++stage == kStages;
-    stage = wraps ? 0 : stage;
-    parity ^= wraps;
-  }
-  __device__ int Previous() const { return stage == 0 ? kStages - 1 : stage - 1; }
-};
-
-/// The barriers of the ring: stage s is full, and is empty again.
-struct Barriers {
-  uint32_t base;
-  __device__ uint32_t Full(int stage) const { return base + stage * 16; }
-  __device__ uint32_t Empty(int stage) const { return base + stage * 16 + 8; }
-};
-
-/// Work items: (row tile, block of kBlockTiles weight row tiles), weights first, so that blocks that run at once share x and experts.
-/// Block b takes items b, b + grid, ...
-template <int kBlockTiles>
-class Items {
- public:
-  __device__ explicit Items(const CudaGemmArgs& args)
-      : args_(args), weight_blocks_((args.row_tiles + kBlockTiles - 1) / kBlockTiles) {}
-
-  /// Of an item; false beyond the last.
-  __device__ bool Rows(unsigned item, RowTile* tile) const {
-    const unsigned index = item / weight_blocks_;
-    return index < args_.max_tiles && GetRowTile(args_, index, tile);
-  }
-  __device__ int FirstRowTile(unsigned item) const {
-    return int(item % weight_blocks_) * kBlockTiles;
-  }
-
- private:
-  const CudaGemmArgs& args_;
-  unsigned weight_blocks_;
-};
-
-/// How x comes into a stage: by tensor copies (its rows lie in order), or gathered in 16-byte chunks, or in single values.
-enum class XSource { kTensor, kChunks, kValues };
+/// How x comes into a stage: by tensor copies, or value by value where it is not aligned for them.
+enum class XSource { kTensor, kValues };
 
 /// The matrices that tensor copies read. A row of codes, scales and zero offsets is a row tile of weights.
 struct Tensors {
   CUtensorMap codes, scales, zeros;
-  CUtensorMap x;  // for XSource::kTensor
+  CUtensorMap x, x_half;  // for XSource::kTensor, in boxes of kBoxRows and kHalfBoxRows
   XSource x_source;
   uint32_t scale_bytes;  // block scales of a row tile in a k tile
 };
@@ -111,76 +163,67 @@ __device__ inline uint4 LoadUnaligned(const void* values, bool valid) {
   return make_uint4(pair(0), pair(2), pair(4), pair(6));
 }
 
-/// The loading warpgroup. The first thread brings weights (and x) by tensor copies; x is gathered by all, a thread having one
-/// 16-byte chunk of every 16th row.
+/// Brings kTileK values from `first_k` on of each row of the tile to shared memory; zeros beyond k.
+template <class T>
+__device__ void LoadValues(const CudaGemmArgs& args, const RowTile& tile, int first_k,
+                           uint32_t shared) {
+  const int chunk = threadIdx.x % 8, k = first_k + chunk * 8;
+  for (int row = threadIdx.x / 8; row < tile.row_count; row += kGroup / 8)
+    StoreShared16(shared + row * (kTileK * 2) + ((chunk ^ (row & 7)) * 16),
+                  LoadUnaligned(XRow<T>(args, tile.row_begin + row) + k, k < args.k));
+}
+
+/// The loading warpgroup. Its first thread brings weights, and x too, by tensor copies. kValues: all its threads bring x, a thread
+/// having 8 values of every 16th row.
 template <class F, class T, int kRows, int kStacks, bool kOffsets, XSource kSource>
 __device__ void Produce(const CudaGemmArgs& args, const Tensors& tensors, uint32_t stages,
-                        Barriers barriers) {
+                        Barriers barriers, ItemQueue queue) {
   using Layout = Stage<F, kRows, kStacks, kOffsets>;
-  constexpr int kBoxBytes = kRows / 2 * kTileK * 2;
-  constexpr int kPerThread = kSource == XSource::kTensor ? 1 : kRows / 16;
+  constexpr int kRowBytes = kTileK * 2, kHalf = Layout::kHalfBoxRows;
   const bool first = threadIdx.x == 0;
   if (kSource == XSource::kTensor && !first) return;
-  const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
-  const uint32_t to_x = Layout::kX + row * (kTileK * 2) + ((chunk ^ (row & 7)) * 16);
   const int k_tiles = (args.k + kTileK - 1) / kTileK;
   const bool scaled = args.block_scales != nullptr;
   const uint32_t weight_bytes =
       Layout::kTiles *
       (TileBytes(F::kBits) + tensors.scale_bytes * ((scaled ? 1 : 0) + (kOffsets ? 1 : 0)));
-  RingIndex<Layout::kStages> ring;
+  RingIndex<Layout::kStages, Layout::kBytes> ring;
 
   const Items<Layout::kTiles> items(args);
   RowTile tile;
-  for (unsigned item = blockIdx.x; items.Rows(item, &tile); item += gridDim.x) {
-    const char* from[kPerThread];  // this thread's chunks of x
-    if constexpr (kSource != XSource::kTensor) {
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i)
-        from[i] = reinterpret_cast<const char*>(
-            XRow<T>(args, tile.row_begin + min(row + 16 * i, tile.row_count - 1)) + chunk * 8);
-    }
+  for (int item = blockIdx.x, next; items.Rows(item, &tile); item = next) {
+    if (first) queue.Push(item);
+    next = int(gridDim.x) + (kSource == XSource::kTensor && args.next_item != nullptr
+                                 ? atomicAdd(args.next_item, 1)
+                                 : item);
     const int weight_row = tile.expert * args.row_tiles + items.FirstRowTile(item);
-    const int boxes = kSource != XSource::kTensor ? 0 : tile.row_count > kRows / 2 ? 2 : 1;
+    const int loaded =
+        kSource == XSource::kTensor ? (tile.row_count + kHalf - 1) / kHalf * kHalf : 0;
     for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-      const uint32_t full = barriers.Full(ring.stage);
-      const uint32_t stage = stages + ring.stage * Layout::kBytes;
+      const uint32_t full = barriers.Full(ring.stage), stage = stages + ring.offset;
       BarrierWait(barriers.Empty(ring.stage), ring.parity ^ 1);
       if (first) {
-        BarrierArriveExpecting(full, weight_bytes + boxes * kBoxBytes);
+        BarrierArriveExpecting(full, weight_bytes + loaded * kRowBytes);
         TensorCopy(stage + Layout::kCodes, tensors.codes, k_tile * (TileBytes(F::kBits) / 8),
                    weight_row, full);
         const int column = ((k_tile * kTileK) >> args.block_shift) * kTileRows;
         if (scaled) TensorCopy(stage + Layout::kScales, tensors.scales, column, weight_row, full);
         if constexpr (kOffsets)
           TensorCopy(stage + Layout::kZeros, tensors.zeros, column, weight_row, full);
-        for (int box = 0; box < boxes; ++box)
-          TensorCopy(stage + Layout::kX + box * kBoxBytes, tensors.x, k_tile * kTileK,
-                     tile.row_begin + box * (kRows / 2), full);
+        for (int row = 0; row < loaded; row += Layout::kBoxRows)
+          TensorCopy(stage + Layout::kX + row * kRowBytes,
+                     loaded - row > kHalf ? tensors.x : tensors.x_half, k_tile * kTileK,
+                     tile.row_begin + row, full);
       }
-      if constexpr (kSource != XSource::kTensor) {
-        const bool valid = k_tile * kTileK + chunk * 8 < args.k;
-#pragma unroll
-        for (int i = 0; i < kPerThread; ++i) {
-          const uint32_t to = stage + to_x + i * (16 * kTileK * 2);
-          if (16 * i < tile.row_count) {
-            if constexpr (kSource == XSource::kChunks)
-              CopyAsync16(to, from[i], valid);
-            else
-              StoreShared16(to, LoadUnaligned(from[i], valid));
-          }
-          from[i] += kTileK * sizeof(T);
-        }
-        if constexpr (kSource == XSource::kChunks) {
-          BarrierArriveAfterCopies(full);
-        } else {
-          FenceAsyncProxy();
-          BarrierArrive(full);
-        }
+      if constexpr (kSource == XSource::kValues) {
+        LoadValues<T>(args, tile, k_tile * kTileK, stage + Layout::kX);
+        FenceAsyncProxy();
+        BarrierArrive(full);
       }
       ring.Next();
     }
   }
+  if (first) queue.Push(ItemQueue::kEnd);
 }
 
 }  // namespace qmoe_plugin::grouped_gemm_sm90

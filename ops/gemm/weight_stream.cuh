@@ -60,7 +60,7 @@ class WeightStream {
     if (whole_ > 0) {
       --whole_;
 #pragma unroll
-      for (int at = 0; at < Stage::kCodeBytes; at += 512) CopyAsync<16>(to_ + at, codes_ + at);
+      for (int at = 0; at < Stage::kCodeBytes; at += 512) CopyAsyncStream16(to_ + at, codes_ + at);
       if (copies_scales_) CopyAsync<16>(to_ + Stage::kScales, ScalesOf(args));
       Advance(Stage::kTiles);
     } else {
@@ -93,7 +93,7 @@ class WeightStream {
     whole_ > 0 ? --whole_ : rest_ = 0;
 #pragma unroll
     for (int at = 0; at < Stage::kCodeBytes; at += 512)
-      if (at + lane_ * 16 < count * kStride) CopyAsync<16>(to_ + at, codes_ + at);
+      if (at + lane_ * 16 < count * kStride) CopyAsyncStream16(to_ + at, codes_ + at);
     if (copies_scales_ && lane_ % kScaleChunks / kTileChunks < count)
       CopyAsync<16>(to_ + Stage::kScales, ScalesOf(args));
     Advance(count);

@@ -8,7 +8,12 @@ namespace qmoe_plugin {
 namespace {
 
 constexpr int kThreads = 256;
-static_assert(kMxBlock == 32, "a warp takes one block, a value a lane");
+static_assert(kMxBlock == 32, "a warp or a part of it takes one block");
+
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth > 16 ? 16 : sizeof(T) * kWidth) Vector {
+  T values[kWidth];
+};
 
 /// The expert that row `row` belongs to: the last one whose rows begin at or before it. Experts
 /// without rows begin where the next one does and are passed over.
@@ -24,44 +29,72 @@ __device__ int ExpertOfRow(const int* offsets, int experts, int64_t row) {
   return low;
 }
 
-/// One warp for 32 values of a row.
-template <class T>
+/// kWidth neighbouring values a thread.
+template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) activation_quant(const ActivationQuantArgs args) {
-  const int blocks = (args.k + kMxBlock - 1) / kMxBlock, lane = threadIdx.x % 32;
-  const int64_t warp = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  const int64_t row = warp / blocks;
-  if (row >= args.rows) return;  // whole warps
-  const int64_t column = warp % blocks * kMxBlock + lane;
+  constexpr int kLanes = kMxBlock / kWidth;  // that have a block
+  const int blocks = (args.k + kMxBlock - 1) / kMxBlock, lane = threadIdx.x % kLanes;
+  const int64_t block = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
+  const int64_t row =
+      min(block / blocks, int64_t(args.rows) - 1);  // all lanes take part in shuffles
+  const int64_t column = block % blocks * kMxBlock + lane * kWidth;
   const int64_t source = args.x_rows != nullptr ? args.x_rows[row] : row;
-  const bool valid = column < args.k;
-  const float x = valid ? ToFloat(static_cast<const T*>(args.x)[source * args.k + column]) : 0.0f;
-  float y;
+  const bool valid = column < args.k && block / blocks < args.rows;
+  Vector<T, kWidth> v{};
+  if (valid)
+    v = *reinterpret_cast<const Vector<T, kWidth>*>(static_cast<const T*>(args.x) +
+                                                    source * args.k + column);
   if (args.mode == ActivationQuant::kMxFp8) {
-    y = QuantizeMx(x, MxScaleOf(__reduce_max_sync(0xffffffff, MagnitudeBits(x))));
+    uint32_t magnitude = 0;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      magnitude = max(magnitude, MagnitudeBits(ToFloat(v.values[i])));
+#pragma unroll
+    for (int other = 1; other < kLanes; other *= 2)
+      magnitude = max(magnitude, __shfl_xor_sync(0xffffffff, magnitude, other));
+    const auto scale = MxScaleOf(magnitude);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      v.values[i] = FromFloat<T>(QuantizeMx(ToFloat(v.values[i]), scale));
   } else {
     const int expert =
         args.expert_offsets != nullptr ? ExpertOfRow(args.expert_offsets, args.experts, row) : 0;
-    y = RoundToE4M3(x / args.scales[expert]);
+    const float scale = args.scales[expert];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      v.values[i] = FromFloat<T>(RoundToE4M3(ToFloat(v.values[i]) / scale));
   }
-  if (valid) static_cast<T*>(args.y)[row * args.k + column] = FromFloat<T>(y);
+  if (valid)
+    *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(args.y) + row * args.k + column) = v;
+}
+
+/// fn(kernel, width) for the widest vectors that fit.
+template <class Fn>
+void WithKernel(DType dtype, bool vectors, Fn&& fn) {
+  WithType(dtype, [&](auto type) {
+    using T = decltype(type);
+    vectors ? fn(&activation_quant<T, 8>, 8) : fn(&activation_quant<T, 1>, 1);
+  });
 }
 
 }  // namespace
 
 void LaunchActivationQuant(const ActivationQuantArgs& args, cudaStream_t stream) {
-  const int64_t warps = args.rows * ((args.k + kMxBlock - 1) / kMxBlock);
-  constexpr int kWarps = kThreads / 32;
-  WithType(args.dtype, [&](auto type) {
-    Launch("activation_quant", &activation_quant<decltype(type)>, (warps + kWarps - 1) / kWarps,
-           kThreads, 0, stream, args);
+  const int64_t blocks = args.rows * ((args.k + kMxBlock - 1) / kMxBlock);
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.y);
+  WithKernel(args.dtype, args.k % 8 == 0 && addresses % 16 == 0, [&](auto* kernel, int width) {
+    const int64_t threads = blocks * (kMxBlock / width);
+    Launch("activation_quant", kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, stream,
+           args);
   });
 }
 
 void PrepareActivationQuant(DType dtype) {
-  WithType(dtype, [](auto type) {
-    PrepareKernel("activation_quant",
-                  reinterpret_cast<const void*>(&activation_quant<decltype(type)>));
-  });
+  for (bool vectors : {false, true})
+    WithKernel(dtype, vectors, [](auto* kernel, int) {
+      PrepareKernel("activation_quant", reinterpret_cast<const void*>(kernel));
+    });
 }
 
 }  // namespace qmoe_plugin

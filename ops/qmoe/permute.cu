@@ -6,8 +6,9 @@
 namespace qmoe_plugin {
 namespace {
 
-constexpr int kThreads = 1024;  // of every block here; also the largest number of experts
+constexpr int kThreads = 1024;  // of a block; also the largest number of experts
 constexpr int kWarps = kThreads / 32;
+constexpr int kGatherThreads = 256;
 constexpr int kFewRows = 256;  // so many rows are placed by permute_offsets itself
 
 __device__ int InclusiveWarpScan(int x, int lane) {
@@ -35,15 +36,19 @@ __device__ void PlaceRow(const PermuteArgs& args, int row, int sorted) {
   args.row_token[sorted] = row / args.topk;
 }
 
-/// Writes the row tiles of expert threadIdx.x, whose rows are [offset, offset + count).
+/// Writes the row tiles of expert threadIdx.x, whose rows are [offset, offset + count). They are about equally large: a small rest
+/// would cost nearly as much as a whole tile.
 __device__ void WriteTiles(const RowTileList& list, int experts, int offset, int count,
                            int (&warp_sums)[kWarps]) {
-  const int tiles = (count + list.tile_rows - 1) / list.tile_rows;
+  const int fewest = max(1, (count + list.tile_rows - 1) / list.tile_rows);
+  const int size = min(list.tile_rows, ((count + fewest - 1) / fewest + 7) / 8 * 8);
+  const int tiles = count == 0 ? 0 : (count + size - 1) / size;
   const int first = ExclusiveBlockScan(tiles, warp_sums);
   for (int i = 0; i < tiles; ++i) {
-    const int begin = i * list.tile_rows;
-    list.tiles[first + i] = {int(threadIdx.x), offset + begin, min(list.tile_rows, count - begin)};
+    const int begin = i * size;
+    list.tiles[first + i] = {int(threadIdx.x), offset + begin, min(size, count - begin)};
   }
+  if (threadIdx.x == 0) *list.next_item = 0;
   if (threadIdx.x == experts - 1) *list.count = first + tiles;
 }
 
@@ -102,7 +107,35 @@ __global__ void __launch_bounds__(kThreads) permute_rows(const PermuteArgs args)
   }
 }
 
+/// A block a row.
+template <class Vector>
+__global__ void __launch_bounds__(kGatherThreads) gather_rows(const GatherArgs args) {
+  const int vectors = args.columns * 2 / int(sizeof(Vector));
+  const int64_t row = blockIdx.x;
+  LetNextStart();
+  WaitForPrevious();
+  const Vector* from = static_cast<const Vector*>(args.x) + args.row_token[row] * int64_t(vectors);
+  Vector* to = static_cast<Vector*>(args.y) + row * vectors;
+  for (int i = threadIdx.x; i < vectors; i += kGatherThreads) to[i] = from[i];
+}
+
+/// fn(kernel) for the widest vectors that fit.
+template <class Fn>
+void WithGather(bool vectors, Fn&& fn) {
+  vectors ? fn(&gather_rows<uint4>) : fn(&gather_rows<uint16_t>);
+}
+
 }  // namespace
+
+void LaunchGather(const GatherArgs& args, cudaStream_t stream) {
+  const bool vectors = (reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.y) |
+                        uint64_t(args.columns) * 2) %
+                           16 ==
+                       0;
+  WithGather(vectors, [&](auto* kernel) {
+    Launch("gather_rows", kernel, args.rows, kGatherThreads, 0, args.overlap, stream, args);
+  });
+}
 
 void LaunchPermute(const PermuteArgs& args, cudaStream_t stream) {
   Launch("permute_offsets", &permute_offsets, 1, kThreads, 0, args.overlap, stream, args);
@@ -113,6 +146,10 @@ void LaunchPermute(const PermuteArgs& args, cudaStream_t stream) {
 void PreparePermute() {
   PrepareKernel("permute_offsets", reinterpret_cast<const void*>(&permute_offsets));
   PrepareKernel("permute_rows", reinterpret_cast<const void*>(&permute_rows));
+  for (bool vectors : {false, true})
+    WithGather(vectors, [](auto* kernel) {
+      PrepareKernel("gather_rows", reinterpret_cast<const void*>(kernel));
+    });
 }
 
 }  // namespace qmoe_plugin

@@ -12,6 +12,7 @@ struct RowTileList {
   int tile_rows;
   RowTile* tiles;  // by expert, then row; room for MaxRowTiles
   int* count;
+  int* next_item;  // becomes 0, see CudaGemmArgs
 };
 
 struct PermuteArgs {
@@ -26,6 +27,17 @@ struct PermuteArgs {
 
 /// Stable: rows of one expert keep the order of their tokens.
 void LaunchPermute(const PermuteArgs& args, cudaStream_t stream);
+
+/// Copies rows of 2-byte values: y[r] = x[row_token[r]].
+struct GatherArgs {
+  const void* x;         // [T, columns]
+  const int* row_token;  // [rows]
+  int rows, columns;
+  void* y;          // [rows, columns]
+  Overlap overlap;  // with the kernel before
+};
+void LaunchGather(const GatherArgs& args, cudaStream_t stream);
+
 void PreparePermute();
 
 }  // namespace qmoe_plugin

@@ -1,5 +1,6 @@
-// QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute. With quantised activations
-// x is quantised into the workspace before fc1, the hidden rows in place before fc2. For few tokens
+// QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute. Where fc1's kernel wants the rows of x sorted, they are
+// copied into the workspace before. With quantised activations x is quantised into the workspace before fc1, the hidden rows in
+// place before fc2. For few tokens
 // fc1 and fc2 route by themselves where their kernels can, and three launches are left.
 //
 // Long inputs are processed in chunks of tokens, one after the other in the same workspace, so that
@@ -20,9 +21,9 @@
 namespace qmoe_plugin {
 namespace {
 
-/// Intermediate rows of fc1 and fc2 together. Weights are read once a chunk; with this much there
+/// Intermediate rows (sorted x, hidden, y) of a chunk. Weights are read once a chunk; with this much there
 /// are at least some hundred rows an expert, where that is hidden behind arithmetic.
-constexpr int64_t kChunkBytes = int64_t(256) << 20;
+constexpr int64_t kChunkBytes = int64_t(512) << 20;
 constexpr int64_t kMinChunkTokens = 16;
 
 /// Up to so many rows of fc2 are kept in float32 until they are added up; more would cost bandwidth.
@@ -76,24 +77,25 @@ class CudaQMoe final : public QMoe {
     PrepareUnpermute(config.dtype);
     if (Quantizes()) PrepareActivationQuant(config.dtype);
     if (config.activation_quant == ActivationQuant::kFp8) UploadActivationScales();
-    const int64_t token_values = config.topk * (config.inter_size + config.hidden_size) +
-                                 QuantizedRows(1) * config.hidden_size;
+    const int64_t token_values = config.topk * (config.inter_size + 2 * config.hidden_size);
     const int64_t token_bytes = token_values * int64_t(SizeOf(config.dtype));
     chunk_tokens_ = std::max(kMinChunkTokens, kChunkBytes / token_bytes);
   }
 
   size_t WorkspaceBytes(int64_t tokens) const override {
-    if (tokens <= chunk_tokens_) return ChunkBytes(tokens);
+    if (tokens == 0) return 0;
+    const int64_t chunk = ChunkTokens(tokens);
     // The last chunk has fewer rows, but may use smaller row tiles and so need a longer list.
-    return std::max(ChunkBytes(chunk_tokens_), ChunkBytes(tokens % chunk_tokens_));
+    return std::max(ChunkBytes(chunk), ChunkBytes(tokens % chunk));
   }
 
   std::vector<PackedHeader> Packed() const override { return {fc1_.header(), fc2_.header()}; }
 
   void Run(const MoeTensors& tensors, const ExecutionContext& context) const override {
     const DeviceScope scope(device_.index);
-    for (int64_t first = 0; first < tensors.tokens; first += chunk_tokens_)
-      RunChunk(tensors, first, std::min(chunk_tokens_, tensors.tokens - first), context);
+    const int64_t chunk = tensors.tokens > 0 ? ChunkTokens(tensors.tokens) : 0;
+    for (int64_t first = 0; first < tensors.tokens; first += chunk)
+      RunChunk(tensors, first, std::min(chunk, tensors.tokens - first), context);
   }
 
  private:
@@ -107,18 +109,21 @@ class CudaQMoe final : public QMoe {
     int* row_token;       // [T * k]
     int* sorted_row;      // [T, k]
     RowTile *fc1_tiles, *fc2_tiles;
-    int *fc1_tile_count, *fc2_tile_count;
-    char* x;       // quantised: [T, H], or [T * k, H] sorted rows where experts differ
-    char* hidden;  // [T * k, I] sorted rows
-    char* y;       // [T * k, H] sorted rows
+    int *fc1_tile_count, *fc2_tile_count, *fc1_next_item, *fc2_next_item;
+    char*
+        quantized;  // [T, H], or [T * k, H] sorted rows where experts differ; null = not quantised
+    char* sorted;   // [T * k, H]; null = fc1 gathers, or rows were sorted when they were quantised
+    char* hidden;   // [T * k, I] sorted rows
+    char* y;        // [T * k, H] sorted rows
     bool y_is_float;
   };
 
   bool Quantizes() const { return config_.activation_quant != ActivationQuant::kNone; }
 
-  /// Rows of x that are quantised for so many tokens.
-  int64_t QuantizedRows(int64_t tokens) const {
-    return !Quantizes() ? 0 : quantize_by_expert_ ? tokens * config_.topk : tokens;
+  /// Of each chunk but the last: all are about equally large.
+  int64_t ChunkTokens(int64_t tokens) const {
+    const int64_t chunks = (tokens + chunk_tokens_ - 1) / chunk_tokens_;
+    return (tokens + chunks - 1) / chunks;
   }
 
   void UploadActivationScales() {
@@ -150,7 +155,14 @@ class CudaQMoe final : public QMoe {
     b.fc2_tiles = arena.Take<RowTile>(b.fc2_max_tiles);
     b.fc1_tile_count = arena.Take<int>(1);
     b.fc2_tile_count = arena.Take<int>(1);
-    b.x = arena.Take<char>(QuantizedRows(tokens) * config_.hidden_size * size);
+    b.fc1_next_item = arena.Take<int>(1);
+    b.fc2_next_item = arena.Take<int>(1);
+    const int64_t row_bytes = config_.hidden_size * size;
+    b.quantized = b.sorted = nullptr;
+    if (Quantizes())
+      b.quantized = arena.Take<char>((quantize_by_expert_ ? rows : tokens) * row_bytes);
+    if (b.fc1.gemm().wants_sorted_x && !(Quantizes() && quantize_by_expert_))
+      b.sorted = arena.Take<char>(rows * row_bytes);
     b.hidden = arena.Take<char>(rows * config_.inter_size * size);
     b.y_is_float = config_.dtype != DType::kFloat32 && rows <= kMaxFloatRows;
     b.y = arena.Take<char>(rows * config_.hidden_size * (b.y_is_float ? 4 : size));
@@ -174,6 +186,7 @@ class CudaQMoe final : public QMoe {
     fc1.x_rows = b.row_token;
     fc1.tiles = b.fc1_tiles, fc1.tile_count = b.fc1_tile_count, fc1.max_tiles = b.fc1_max_tiles;
     fc1.rows = rows;
+    fc1.next_item = b.fc1_next_item;
     fc1.y = b.hidden;
     fc1.y_stride = config_.inter_size;
 
@@ -182,6 +195,7 @@ class CudaQMoe final : public QMoe {
     fc2.x_stride = config_.inter_size;
     fc2.tiles = b.fc2_tiles, fc2.tile_count = b.fc2_tile_count, fc2.max_tiles = b.fc2_max_tiles;
     fc2.rows = rows;
+    fc2.next_item = b.fc2_next_item;
     fc2.y = b.y;
     fc2.y_stride = config_.hidden_size;
     fc2.y_is_float = b.y_is_float;
@@ -205,13 +219,14 @@ class CudaQMoe final : public QMoe {
                      .expert_offsets = b.expert_offsets,
                      .row_token = b.row_token,
                      .sorted_row = b.sorted_row,
-                     .fc1 = {b.fc1.tile_rows, b.fc1_tiles, b.fc1_tile_count},
-                     .fc2 = {b.fc2.tile_rows, b.fc2_tiles, b.fc2_tile_count},
+                     .fc1 = {b.fc1.tile_rows, b.fc1_tiles, b.fc1_tile_count, b.fc1_next_item},
+                     .fc2 = {b.fc2.tile_rows, b.fc2_tiles, b.fc2_tile_count, b.fc2_next_item},
                      .overlap = overlap},
                     stream);
       fc1.overlap = overlap;
       fc1.tiles_are_new = true;
       if (Quantizes()) QuantizeX(b, tokens, fc1, stream);
+      if (b.sorted != nullptr) SortX(b, rows, fc1, stream);
       fc1_.Launch(b.fc1, fc1, stream);
       if (Quantizes()) QuantizeHidden(b, rows, stream);
       fc2_.Launch(b.fc2, fc2, stream);
@@ -263,15 +278,28 @@ class CudaQMoe final : public QMoe {
                            .mode = config_.activation_quant,
                            .x = fc1.x,
                            .x_rows = quantize_by_expert_ ? b.row_token : nullptr,
-                           .rows = QuantizedRows(tokens),
+                           .rows = quantize_by_expert_ ? fc1.rows : tokens,
                            .k = int(config_.hidden_size),
                            .scales = reinterpret_cast<const float*>(act_scales_.get()),
                            .expert_offsets = quantize_by_expert_ ? b.expert_offsets : nullptr,
                            .experts = int(config_.experts),
-                           .y = b.x},
+                           .y = b.quantized},
                           stream);
-    fc1.x = b.x;
+    fc1.x = b.quantized;
     if (quantize_by_expert_) fc1.x_rows = nullptr;  // they are in sorted order already
+  }
+
+  /// Copies what fc1 reads into sorted order, and makes it read that.
+  void SortX(const Buffers& b, int rows, CudaGemmArgs& fc1, cudaStream_t stream) const {
+    LaunchGather({.x = fc1.x,
+                  .row_token = b.row_token,
+                  .rows = rows,
+                  .columns = int(config_.hidden_size),
+                  .y = b.sorted,
+                  .overlap = Quantizes() ? Overlap::kNone : fc1.overlap},
+                 stream);
+    fc1.x = b.sorted;
+    fc1.x_rows = nullptr;
   }
 
   void QuantizeHidden(const Buffers& b, int64_t rows, cudaStream_t stream) const {

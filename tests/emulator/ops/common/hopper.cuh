@@ -47,6 +47,23 @@ inline void TensorCopy(uint32_t shared, const CUtensorMap& tensor, int column, i
 inline void BarrierArriveAfterCopies(uint32_t barrier) { emulator::ArriveAfterCopies(barrier); }
 inline void BarrierWait(uint32_t barrier, uint32_t parity) { emulator::Wait(barrier, parity); }
 inline void FenceAsyncProxy() {}
+inline void StoreMatrix4Transposed(uint32_t shared_column, const uint32_t (&r)[4]) {
+  struct Operands {
+    uint32_t column, r[4];
+  };
+  const unsigned lane = threadIdx.x % 32;
+  const Operands mine{shared_column, {r[0], r[1], r[2], r[3]}};
+  emulator::OnWarp("stmatrix", 0xffffffff, mine, [&](const Operands* all) {
+    char* to = emulator::SharedPointer(all[lane].column, 16);  // column lane % 8 of matrix lane / 8
+    for (unsigned row = 0; row < 8; ++row) {
+      const uint32_t pair = all[4 * row + lane % 8 / 2].r[lane / 8];
+      const auto value = uint16_t(pair >> (16 * (lane % 2)));
+      std::memcpy(to + 2 * row, &value, 2);
+    }
+    return 0;
+  });
+}
+
 template <int kRegisters>
 void GrowRegisters() {}
 template <int kRegisters>
@@ -54,6 +71,8 @@ void ShrinkRegisters() {}
 inline void WgmmaFence() {}
 template <int kRegisters>
 void HoldRegisters(uint32_t (&)[kRegisters]) {}
+inline void Renew(float&) {}
+inline void Renew(int&) {}
 
 inline void WgmmaCommit() { emulator::ProductsOfThread().Commit(); }
 

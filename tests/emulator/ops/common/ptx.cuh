@@ -100,6 +100,10 @@ void CopyAsync(uint32_t shared, const void* global) {
   emulator::CopiesOfThread().Add([=] { std::memcpy(to, global, kBytes); });
 }
 
+inline void CopyAsyncStream16(uint32_t shared, const void* global) {
+  CopyAsync<16>(shared, global);
+}
+
 inline void CopyAsyncCommit() { emulator::CopiesOfThread().Commit(); }
 
 template <int kPending>
