@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Providers = Sequence[str | tuple[str, dict[str, Any]]]
 
+_BOUND_ERROR = "Error in execution: "
+"""How the errors of run_with_iobinding begin, which are plain RuntimeErrors."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -161,7 +164,8 @@ def ort_errors(name: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__module__.startswith("onnxruntime"):
+        bound = isinstance(error, RuntimeError) and str(error).startswith(_BOUND_ERROR)
+        if bound or type(error).__module__.startswith("onnxruntime"):
             raise RuntimeError(f"{name} does not run: {str(error).strip()}{hint}") from error
         raise
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from helpers.command import run
+from helpers.command import error_line, run
 from onnx import TensorProto, helper, numpy_helper
 
 import qmoe_plugin
@@ -28,14 +28,17 @@ def model(sliding=True, dtype=np.float32):
         name: (rng.standard_normal(shape) / 8).astype(dtype) for name, shape in shapes.items()
     }
     element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    one = np.array([1])
+    integers = {"one": np.array([1]), "second": np.array(1)}
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["x"]),
         helper.make_node("MatMul", ["x", "qkv"], ["projected"]),
         helper.make_node("ReduceSum", ["attention_mask", "one"], ["count"], keepdims=0),
         helper.make_node("Sub", ["count", "one"], ["last"]),
         helper.make_node("Cast", ["last"], ["last32"], to=TensorProto.INT32),
-        helper.make_node("ReduceMax", ["count"], ["total"], keepdims=0),
+        # From a shape, as exporters have it: onnxruntime computes it on the host, where attention
+        # on CUDA reads it. What a GPU kernel computed was refused there ("must be positive").
+        helper.make_node("Shape", ["attention_mask"], ["mask_shape"]),
+        helper.make_node("Gather", ["mask_shape", "second"], ["total"]),
         helper.make_node("Cast", ["total"], ["total32"], to=TensorProto.INT32),
         helper.make_node(
             "GroupQueryAttention",
@@ -58,7 +61,7 @@ def model(sliding=True, dtype=np.float32):
     for name in STATES:
         inputs.append(helper.make_tensor_value_info(f"past.{name}", element, cache))
         outputs.append(helper.make_tensor_value_info(f"present.{name}", element, None))
-    tensors = [numpy_helper.from_array(a, n) for n, a in {**constants, "one": one}.items()]
+    tensors = [numpy_helper.from_array(a, n) for n, a in {**constants, **integers}.items()]
     graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, ir_version=10, opset_imports=opsets)
@@ -108,6 +111,14 @@ def test_commands_on_a_sliding_window(device, tmp_path):
     done = run("bench", small, *flags, "--repeat", 2, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["stock"] is not None
+
+
+def test_an_error_in_bound_memory_names_the_model(tmp_path):
+    path = tmp_path / "float.onnx"
+    onnx.save(model(), path)
+    np.savez(tmp_path / "far.npz", **{**feeds(WINDOW), "input_ids": np.full((1, 5), VOCAB)})
+    done = run("verify", path, path, "--cpu", "--inputs", tmp_path / "far.npz")
+    assert "float.onnx does not run: Error in execution: " in error_line(done)
 
 
 def test_calibrate_on_a_sliding_window(tmp_path):
