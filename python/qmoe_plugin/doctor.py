@@ -91,10 +91,14 @@ def _wheels(name: str) -> Check:
     problem = wheels.conflict()
     if problem:
         return Check(name, "warning", problem)
-    found = wheels.installed()
-    if not found:
-        return Check(name, "note", "onnxruntime was not installed by a known package")
-    return Check(name, "ok", ", ".join(f"{wheel} {version}" for wheel, version in found.items()))
+    imported, hidden = wheels.runtime_wheels()
+    detail = "onnxruntime was not installed by a known package"
+    if imported:
+        detail = f"{imported[0]} in {imported[0].folder}"
+    if hidden:
+        others = ", ".join(f"{wheel} in {wheel.folder}" for wheel in hidden)
+        detail += f"; installed elsewhere and not imported: {others}"
+    return Check(name, "ok" if imported and not hidden else "note", detail)
 
 
 def _packages(name: str) -> Check:

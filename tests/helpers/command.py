@@ -6,11 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+_QUIET = ("-W", "ignore:onnxruntime:RuntimeWarning")
+"""Hides what `qmoe_plugin.wheels` says of packages that do not belong together, and no more."""
 
-def run(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
-    """`python -m qmoe_plugin ARGUMENTS`, with what it printed."""
+COMMAND = (sys.executable, *_QUIET, "-m", "qmoe_plugin")
+"""What starts the command line, whatever packages of onnxruntime are installed."""
+
+
+def run(*arguments: str | Path | int, warnings: bool = False) -> subprocess.CompletedProcess[str]:
+    """`python -m qmoe_plugin ARGUMENTS`, with what it printed.
+
+    Args:
+        arguments: Of the command line.
+        warnings: Whether a conflict of onnxruntime packages may be warned about.
+    """
+    start = (sys.executable, "-m", "qmoe_plugin") if warnings else COMMAND
     return subprocess.run(
-        [sys.executable, "-m", "qmoe_plugin", *map(str, arguments)],
+        [*start, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
