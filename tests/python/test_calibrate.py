@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from helpers.cases import feeds_of
+from helpers.command import run as run_command
 from helpers.moe_cases import MoECase
 from helpers.quantized import rms
 from helpers.run import open_session, run
@@ -261,27 +260,22 @@ def test_weights_that_were_not_seen_are_named(tmp_path):
     run(open_session(model), feeds_of(tensors))
 
 
-def command(verb, *arguments):
-    line = [sys.executable, "-m", "qmoe_plugin", verb, *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
-
-
 def test_the_commands(tmp_path):
     path, _ = decoder(tmp_path / "m.onnx")
     np.save(tmp_path / "ids.npy", tokens())
     np.savez(tmp_path / "run.npz", input_ids=tokens(2, 7))
     seen = tmp_path / "new" / "c.npz"
     data = ["--data", tmp_path / "ids.npy", tmp_path / "run.npz"]
-    done = command(
+    done = run_command(
         "calibrate", path, seen, *data, "--random", 2, "--length", 10, "--vocabulary", 50
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == "saw the inputs of 4 of 4 nodes in 7 runs of 154 tokens"
-    done = command("quantize", path, tmp_path / "q.onnx", "--calibration", seen, "--json")
+    done = run_command("quantize", path, tmp_path / "q.onnx", "--calibration", seen, "--json")
     report = json.loads(done.stdout)
     assert (report["search"], report["uncalibrated"]) == ("mse", [])
     open_session(tmp_path / "q.onnx")
-    done = command("calibrate", path, seen)
+    done = run_command("calibrate", path, seen)
     assert done.returncode == 1
     assert done.stderr == (
         "qmoe_plugin: there is nothing to run the model on: give data, or random runs\n"

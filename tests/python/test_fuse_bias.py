@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from helpers.cases import MatMulNBitsCase, QMoECase, feeds_of
+from helpers.command import run as run_command
 from helpers.models import save_external
 from helpers.moe_cases import MoECase
 from helpers.quantized import initializers, node_of
@@ -196,8 +195,7 @@ def test_one_number_is_enough_to_stay():
 
 
 def command(*arguments):
-    line = [sys.executable, "-m", "qmoe_plugin", "fuse", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+    return run_command("fuse", *arguments)
 
 
 def test_the_command(tmp_path):

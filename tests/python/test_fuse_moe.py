@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import numpy as np
 import onnx
 import pytest
+from helpers.command import run
 from helpers.quantized import attributes_of, initializers, node_of
 from helpers.run import open_session
 from onnx import TensorProto, helper, numpy_helper
@@ -335,8 +334,7 @@ def test_a_topk_of_something_else_is_not_mentioned():
 def test_files_and_the_command(tmp_path):
     path, output = tmp_path / "dense.onnx", tmp_path / "new" / "fused.onnx"
     onnx.save(dense_model(biased), path, save_as_external_data=True, location="dense.data")
-    line = [sys.executable, "-m", "qmoe_plugin", "fuse", str(path), str(output), "--json"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    done = run("fuse", path, output, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)[0]
     text = "selects in a MoE of 4 experts, 2 a token, 64 x 32, swiglu, normalised probabilities"

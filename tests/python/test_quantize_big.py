@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from helpers import big_float_model
 from helpers.big_float_model import GIGABYTE
+from helpers.command import COMMAND
 
 import qmoe_plugin
 
@@ -66,7 +67,7 @@ def test_ctrl_c_leaves_nothing_that_looks_whole(folder):
     before = sorted(file.name for file in folder.iterdir())
     output = folder / "small.onnx"
     partial = folder / "small.onnx.data.partial"
-    line = [sys.executable, "-m", "qmoe_plugin", "quantize", str(path), str(output)]
+    line = [*COMMAND, "quantize", str(path), str(output)]
     with subprocess.Popen(
         [*line, "--search", "mse"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -82,7 +83,7 @@ def test_ctrl_c_leaves_nothing_that_looks_whole(folder):
 def test_a_kill_leaves_no_model(folder):
     path = big_float_model.make(folder, 1)
     output = folder / "small.onnx"
-    line = [sys.executable, "-m", "qmoe_plugin", "quantize", str(path), str(output)]
+    line = [*COMMAND, "quantize", str(path), str(output)]
     with subprocess.Popen([*line, "--search", "mse"]) as process:
         wait_for((folder / "small.onnx.data.partial").exists)
         process.kill()
@@ -92,7 +93,7 @@ def test_a_kill_leaves_no_model(folder):
 
 def test_the_bar_is_drawn_on_a_terminal_only(folder):
     path = big_float_model.make(folder, 1)
-    line = [sys.executable, "-m", "qmoe_plugin", "quantize", str(path), str(folder / "small.onnx")]
+    line = [*COMMAND, "quantize", str(path), str(folder / "small.onnx")]
     plain = subprocess.run(line, capture_output=True, text=True, check=True)
     assert plain.stderr == ""
     ours, theirs = pty.openpty()

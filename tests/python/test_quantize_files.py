@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers.cases import feeds_of, qmoe_oracle
+from helpers.command import run as run_command
 from helpers.memory_child import Peak, host_memory
 from helpers.models import save_external
 from helpers.moe_cases import MoECase
@@ -184,8 +185,7 @@ def test_the_original_is_not_replaced(path):
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "qmoe_plugin", "quantize", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+    return run_command("quantize", *arguments)
 
 
 def test_the_command(path, tmp_path):
