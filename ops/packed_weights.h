@@ -53,7 +53,8 @@ struct PackedHeader {
     kBias = 4,
     kSumScale = 8,    // a scale of the activations is in row_scales
     kPermutedK = 16,  // K is not as stored (g_idx): only of use to who packed them
-    kCodebook = 32
+    kCodebook = 32,
+    kIntegerOffsets = 64  // of zero offsets: none is a fraction
   };
 
   char magic[8];

@@ -239,6 +239,12 @@ bool RowReader::has_zero_points() const {
                      [](const Projection& p) { return p.zero_points.present; });
 }
 
+bool RowReader::has_integer_zero_points() const {
+  return has_zero_points() &&
+         std::none_of(zero_points_.begin(), zero_points_.end(),
+                      [](ZeroPoints kind) { return kind == ZeroPoints::kFloat; });
+}
+
 bool RowReader::has_bias() const {
   return std::any_of(parts_.begin(), parts_.end(),
                      [](const Projection& p) { return p.bias.present; });

@@ -87,6 +87,7 @@ class RowReader {
   int64_t block_size() const { return parts_[0].block_size; }  // 0 = per channel
   int64_t groups() const { return groups_; }
   bool has_zero_points() const;
+  bool has_integer_zero_points() const;  // some, and none may be a fraction
   bool has_bias() const;
 
   /// For a permuted K: position in the activation row of each packed k, -1 for padding. Empty if K

@@ -48,6 +48,7 @@ struct CudaGemmArgs {
   const uint8_t* codes;
   const void* block_scales;  // null = per channel
   const void* zero_offsets;  // null = none
+  bool integer_offsets;      // all of them are integers
   const float* row_scales;
   const float* bias;      // null = none
   const float* codebook;  // [2^bits], formats with a codebook only

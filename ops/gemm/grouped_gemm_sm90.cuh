@@ -24,18 +24,18 @@ inline constexpr int kMinRows = 9;               // an expert; fewer are gemv_sm
 inline constexpr int kFewestBlocks = 60;         // without experts
 inline constexpr int kMaxRowsInTwoStacks = 112;  // an expert
 
-template <class F, int kRows, int kStacks, bool kOffsets>
+template <class F, int kRows, int kStacks, Offsets kOffsets>
 using Ring = RingIndex<Stage<F, kRows, kStacks, kOffsets>::kStages,
                        Stage<F, kRows, kStacks, kOffsets>::kBytes>;
 
 /// Formats that give scaled values give them to float16 weights, which are multiplied by their block scale anyway. Those are below 32
 /// (ops/pack_scales.h), so that there is room for a part of the factor; the sums get the rest.
-template <class F, class T, bool kOffsets>
+template <class F, class T, Offsets kOffsets>
 concept TakesScaledValues =
-    !kOffsets && std::is_same_v<T, __half> && requires { F::kScaledHalfFactor; };
+    kOffsets == Offsets::kNone && std::is_same_v<T, __half> && requires { F::kScaledHalfFactor; };
 inline constexpr float kScaleFactor = 1024;
 
-template <class F, class T, bool kOffsets>
+template <class F, class T, Offsets kOffsets>
 constexpr float SumFactor() {
   if constexpr (TakesScaledValues<F, T, kOffsets>)
     return F::kScaledHalfFactor / kScaleFactor;
@@ -44,7 +44,7 @@ constexpr float SumFactor() {
 }
 
 /// What a lane needs of one row tile to make operand A of kSteps k16 steps, on its way from shared memory.
-template <class F, bool kOffsets, int kSteps>
+template <class F, Offsets kOffsets, int kSteps>
 struct StepCodes {
   FragmentCodes<F> codes[kSteps];
   __half2 scale[kSteps], zero[kSteps];  // of rows g and g + 8
@@ -58,7 +58,8 @@ struct StepCodes {
       const int block = (16 * (first + step)) >> min(args.block_shift, 6);
       const int at = (block * kTileRows + lane / 4 * 2) * 2;
       scale[step] = *reinterpret_cast<const __half2*>(tile_scales + at);
-      if constexpr (kOffsets) zero[step] = *reinterpret_cast<const __half2*>(tile_zeros + at);
+      if constexpr (kOffsets != Offsets::kNone)
+        zero[step] = *reinterpret_cast<const __half2*>(tile_zeros + at);
     }
   }
 
@@ -67,13 +68,18 @@ struct StepCodes {
   __device__ void Decode(const Codebook<F>& codebook, uint32_t (&a)[kSteps][4]) const {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if constexpr (!kOffsets && !F::kCodebook && std::is_same_v<T, __half>) {
+      if constexpr (kOffsets != Offsets::kAny && !F::kCodebook && std::is_same_v<T, __half>) {
         __half2 w[4], s = scale[step];
         if constexpr (TakesScaledValues<F, T, kOffsets>) {
           F::ScaledFragment(codes[step].words, w);
           s = __hmul2(s, __float2half2_rn(kScaleFactor));
         } else {
           codes[step].Dequant(codebook, w);
+        }
+        if constexpr (kOffsets == Offsets::kIntegers) {
+          const __half2 offsets[2] = {__low2half2(zero[step]), __high2half2(zero[step])};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) w[i] = __hadd2(w[i], offsets[i % 2]);
         }
         const __half2 both[2] = {__low2half2(s), __high2half2(s)};
 #pragma unroll
@@ -85,7 +91,7 @@ struct StepCodes {
         // In float32, so that the weight is rounded once.
         const float2 s = __half22float2(scale[step]);
         float2 offset{};
-        if constexpr (kOffsets) offset = __half22float2(zero[step]);
+        if constexpr (kOffsets != Offsets::kNone) offset = __half22float2(zero[step]);
         float2 w[4];
         codes[step].Dequant(codebook, w);
 #pragma unroll
@@ -99,7 +105,7 @@ struct StepCodes {
 };
 
 /// Sums of one work item with up to kN rows of x.
-template <class F, class T, int kRows, int kStacks, bool kOffsets, int kN>
+template <class F, class T, int kRows, int kStacks, Offsets kOffsets, int kN>
 __device__ void Multiply(const CudaGemmArgs& args, const Codebook<F>& codebook, int scale_bytes,
                          const char* memory, uint32_t stages, Barriers barriers,
                          Ring<F, kRows, kStacks, kOffsets>& ring,
@@ -163,7 +169,7 @@ __device__ void WithRows(int rows, const Fn& fn) {
   }
 }
 
-template <class F, class T, int kRows, int kStacks, bool kOffsets>
+template <class F, class T, int kRows, int kStacks, Offsets kOffsets>
 __device__ void Consume(const CudaGemmArgs& args, int scale_bytes, const char* memory,
                         uint32_t stages, Barriers barriers, ItemQueue queue, char* staged) {
   using Layout = Stage<F, kRows, kStacks, kOffsets>;
@@ -198,7 +204,7 @@ __device__ void FillScales(char* memory) {
   }
 }
 
-template <class F, class T, int kRows, int kStacks, bool kOffsets>
+template <class F, class T, int kRows, int kStacks, Offsets kOffsets>
 __global__ void __launch_bounds__(kThreads, Stage<F, kRows, kStacks, kOffsets>::kBlocksPerSm)
     grouped_gemm_sm90(const __grid_constant__ CudaGemmArgs args,
                       const __grid_constant__ Tensors tensors) {
@@ -270,7 +276,8 @@ struct Gemm {
 
   /// Without experts: rows that keep all of the GPU busy for the shortest time.
   static int DenseTileRows(const GemmProblem& p) {
-    constexpr int kMultiprocessors = 132, kBlockRows = Stage<F, 256, 1, false>::kTiles * kTileRows;
+    constexpr int kMultiprocessors = 132,
+                  kBlockRows = Stage<F, 256, 1, Offsets::kNone>::kTiles * kTileRows;
     int best = 0;
     int64_t least = INT64_MAX;
     for (int rows = 256; rows >= 64; rows -= 32) {
@@ -284,12 +291,12 @@ struct Gemm {
 
   /// fn(kernel, its stage) for the combination. rows: of a tile, at most.
   template <class Fn>
-  static void WithKernel(DType dtype, int rows, int stacks, bool offsets, Fn&& fn) {
-    const auto with_stacks = [&]<class T, bool kOffsets, int kRows, int kStacks>() {
+  static void WithKernel(DType dtype, int rows, int stacks, Offsets offsets, Fn&& fn) {
+    const auto with_stacks = [&]<class T, Offsets kOffsets, int kRows, int kStacks>() {
       using Layout = Stage<F, kRows, kStacks, kOffsets>;
       fn(&grouped_gemm_sm90<F, T, kRows, kStacks, kOffsets>, Layout{});
     };
-    const auto with_offsets = [&]<class T, bool kOffsets>() {
+    const auto with_offsets = [&]<class T, Offsets kOffsets>() {
       if (rows == 32)
         stacks == 1 ? with_stacks.template operator()<T, kOffsets, 32, 1>()
                     : with_stacks.template operator()<T, kOffsets, 32, 2>();
@@ -299,9 +306,12 @@ struct Gemm {
     };
     const auto with_type = [&]<class T>() {
       if constexpr (F::kZeroPoints) {
-        if (offsets) return with_offsets.template operator()<T, true>();
+        if constexpr (std::is_same_v<T, __half>)
+          if (offsets == Offsets::kIntegers)
+            return with_offsets.template operator()<T, Offsets::kIntegers>();
+        if (offsets != Offsets::kNone) return with_offsets.template operator()<T, Offsets::kAny>();
       }
-      with_offsets.template operator()<T, false>();
+      with_offsets.template operator()<T, Offsets::kNone>();
     };
     dtype == DType::kFloat16 ? with_type.template operator()<__half>()
                              : with_type.template operator()<__nv_bfloat16>();
@@ -310,7 +320,7 @@ struct Gemm {
   static void Prepare(DType dtype, int) {
     for (int rows : {32, 128})
       for (int stacks : {1, 2})
-        for (bool offsets : {false, true})
+        for (Offsets offsets : {Offsets::kNone, Offsets::kIntegers, Offsets::kAny})
           WithKernel(dtype, rows, stacks, offsets, [&]<class Layout>(auto* kernel, Layout) {
             PrepareKernel("grouped_gemm_sm90", reinterpret_cast<const void*>(kernel),
                           Layout::kSharedBytes);
@@ -378,16 +388,18 @@ struct Gemm {
   }
 
   static void Launch(const CudaGemmArgs& args, cudaStream_t stream) {
-    WithKernel(args.dtype, args.tile_rows, Stacks(args), args.zero_offsets != nullptr,
-               [&]<class Layout>(auto* kernel, Layout) {
-                 const int64_t weight_blocks =
-                     (args.row_tiles + Layout::kTiles - 1) / Layout::kTiles;
-                 const int64_t items = args.max_tiles * weight_blocks;
-                 const int64_t most = int64_t(args.multiprocessors) * Layout::kBlocksPerSm;
-                 ::qmoe_plugin::Launch("grouped_gemm_sm90", kernel, std::min(items, most), kThreads,
-                                       Layout::kSharedBytes, args.overlap, stream, args,
-                                       MakeTensors(args, Layout::kTiles, Layout::kBoxRows));
-               });
+    const Offsets offsets = args.zero_offsets == nullptr ? Offsets::kNone
+                            : args.integer_offsets       ? Offsets::kIntegers
+                                                         : Offsets::kAny;
+    WithKernel(
+        args.dtype, args.tile_rows, Stacks(args), offsets, [&]<class Layout>(auto* kernel, Layout) {
+          const int64_t weight_blocks = (args.row_tiles + Layout::kTiles - 1) / Layout::kTiles;
+          const int64_t items = args.max_tiles * weight_blocks;
+          const int64_t most = int64_t(args.multiprocessors) * Layout::kBlocksPerSm;
+          ::qmoe_plugin::Launch("grouped_gemm_sm90", kernel, std::min(items, most), kThreads,
+                                Layout::kSharedBytes, args.overlap, stream, args,
+                                MakeTensors(args, Layout::kTiles, Layout::kBoxRows));
+        });
   }
 };
 

@@ -102,9 +102,12 @@ class ItemQueue {
   uint32_t parity_ = 0;
 };
 
+/// Zero offsets: none, integers (which float16 adds to codes exactly), or any.
+enum class Offsets { kNone, kIntegers, kAny };
+
 /// A stage of the pipeline in shared memory, and what follows from its size. kRows: rows of x in a tile, 32, 128 or 256; kStacks:
 /// stacks of 64 weight rows of each consumer.
-template <class F, int kRows, int kStacks, bool kOffsets>
+template <class F, int kRows, int kStacks, Offsets kOffsets>
 struct Stage {
   /// k16 steps that are decoded at once. The compiler gives the operands of each size of wgmma registers of their own, so that many
   /// sizes leave room for one only.
@@ -114,7 +117,7 @@ struct Stage {
   static constexpr int kCodes = kX + kRows * kTileK * 2;
   static constexpr int kScales = kCodes + kTiles * TileBytes(F::kBits);
   static constexpr int kZeros = kScales + kTiles * kTileScaleBytes;
-  static constexpr int kUsed = kZeros + (kOffsets ? kTiles * kTileScaleBytes : 0);
+  static constexpr int kUsed = kZeros + (kOffsets != Offsets::kNone ? kTiles * kTileScaleBytes : 0);
   static constexpr int kBytes = (kUsed + 1023) / 1024 * 1024;  // operand B wants its alignment
   /// Rows of x that one tensor copy brings: as many as possible, or half of that. A copy costs the same whatever its size.
   static constexpr int kBoxRows = kRows <= 32 ? 32 : 128, kHalfBoxRows = kBoxRows / 2;
@@ -175,7 +178,7 @@ __device__ void LoadValues(const CudaGemmArgs& args, const RowTile& tile, int fi
 
 /// The loading warpgroup. Its first thread brings weights, and x too, by tensor copies. kValues: all its threads bring x, a thread
 /// having 8 values of every 16th row.
-template <class F, class T, int kRows, int kStacks, bool kOffsets, XSource kSource>
+template <class F, class T, int kRows, int kStacks, Offsets kOffsets, XSource kSource>
 __device__ void Produce(const CudaGemmArgs& args, const Tensors& tensors, uint32_t stages,
                         Barriers barriers, ItemQueue queue) {
   using Layout = Stage<F, kRows, kStacks, kOffsets>;
@@ -186,7 +189,8 @@ __device__ void Produce(const CudaGemmArgs& args, const Tensors& tensors, uint32
   const bool scaled = args.block_scales != nullptr;
   const uint32_t weight_bytes =
       Layout::kTiles *
-      (TileBytes(F::kBits) + tensors.scale_bytes * ((scaled ? 1 : 0) + (kOffsets ? 1 : 0)));
+      (TileBytes(F::kBits) +
+       tensors.scale_bytes * ((scaled ? 1 : 0) + (kOffsets != Offsets::kNone ? 1 : 0)));
   RingIndex<Layout::kStages, Layout::kBytes> ring;
 
   const Items<Layout::kTiles> items(args);
@@ -208,7 +212,7 @@ __device__ void Produce(const CudaGemmArgs& args, const Tensors& tensors, uint32
                    weight_row, full);
         const int column = ((k_tile * kTileK) >> args.block_shift) * kTileRows;
         if (scaled) TensorCopy(stage + Layout::kScales, tensors.scales, column, weight_row, full);
-        if constexpr (kOffsets)
+        if constexpr (kOffsets != Offsets::kNone)
           TensorCopy(stage + Layout::kZeros, tensors.zeros, column, weight_row, full);
         for (int row = 0; row < loaded; row += Layout::kBoxRows)
           TensorCopy(stage + Layout::kX + row * kRowBytes,
