@@ -58,6 +58,7 @@ __device__ inline void RouteInBlock(const FusedRoute& args, RouteTable& table) {
       mine[i] = row < rows ? table.tiles[row] : RowTile{};
       firsts[i] = __ballot_sync(0xffffffff, row < rows && mine[i].row_count > 0);
     }
+    __syncwarp();  // all have read before any writes: a ballot orders no memory accesses
 #pragma unroll
     for (int i = 0; i < kFusedRows / 32; ++i) {
       if (firsts[i] >> lane & 1)
