@@ -68,8 +68,13 @@ def test_ctrl_c_leaves_nothing_that_looks_whole(folder):
     output = folder / "small.onnx"
     partial = folder / "small.onnx.data.partial"
     line = [*COMMAND, "quantize", str(path), str(output)]
+    # Tests that a shell runs in the background ignore the signal, and so would the command.
     with subprocess.Popen(
-        [*line, "--search", "mse"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*line, "--search", "mse"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         wait_for(lambda: partial.exists() and partial.stat().st_size > 1 << 20)
         assert not output.exists()
