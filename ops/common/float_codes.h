@@ -54,45 +54,16 @@ __device__ inline T2 FromHalf2(__half2 v) {
 }
 #endif
 
-/// Fragments of e2m1 codes. A code is cut into sign and magnitude, so that few instructions bring those of a pair to where a half2
-/// has them, bits 15 and 11 to 9 of either half (the second code's bits lie 16 higher; bit 34 is bit 2):
-///
-///   pair  magnitude  sign
-///    0      9 - 11    15    in place
-///    1     12 - 14    18    after a rotation by 3
-///    2      6 -  8     0
-///    3      3 -  5     1
-///
-/// Placed at the top of a float16's exponent and mantissa, e2m1 is the float16 of the same value times 2^-14, its
-/// subnormals included, so one multiplication finishes the conversion, exactly.
-template <class Derived>
-struct E2M1Fragment : formats::FormatBase<Derived, 4> {
-  static void EncodeFragment(const uint8_t* codes, uint8_t* bytes) {
-    constexpr int kMagnitude[4] = {9, 12, 6, 3}, kSign[4] = {15, 18, 0, 1};
-    uint32_t word = 0;
-    for (int i = 0; i < 8; ++i) {
-      const int second = i % 2 * 16;
-      word |= uint32_t(codes[i] & 7) << (kMagnitude[i / 2] + second);
-      word |= uint32_t(codes[i] >> 3 & 1) << ((kSign[i / 2] + second) % 32);
-    }
-    for (int i = 0; i < 4; ++i) bytes[i] = uint8_t(word >> (8 * i));
-  }
-
-  /// Two float16: the values of pair `pair` times 2^-14.
-  QMOE_HOST_DEVICE static constexpr uint32_t ScaledHalf2(uint32_t word, int pair) {
-    constexpr uint32_t kSigns = 0x80008000u, kMagnitudes = 0x0e000e00u;
-    if (pair == 0) return word & (kSigns | kMagnitudes);
-    if (pair == 1) return (word >> 3 | word << 29) & (kSigns | kMagnitudes);
-    if (pair == 2) return (word << 3 & kMagnitudes) | (word << 15 & kSigns);
-    return (word << 6 & kMagnitudes) | (word << 14 & kSigns);
-  }
-
+/// Fragments of floats whose bits Derived::ScaledHalf2 moves to where float16 has them: float16 of the values, kFactor times too small.
+/// One multiplication finishes the conversion, exactly.
+template <class Derived, int kBits, int kFactor>
+struct ScaledHalfFragment : formats::FormatBase<Derived, kBits> {
 #if defined(__CUDACC__)
-  /// What kernels that scale float16 weights anyway may use instead of DequantFragment: values times 2^-14.
-  static constexpr float kScaledHalfFactor = 16384;
+  /// What kernels that scale float16 weights anyway may use instead of DequantFragment: values that many times too small.
+  static constexpr float kScaledHalfFactor = kFactor;
   __device__ static void ScaledFragment(const uint32_t* words, __half2 (&a)[4]) {
     for (int i = 0; i < 4; ++i) {
-      const uint32_t bits = ScaledHalf2(words[0], i);
+      const uint32_t bits = Derived::ScaledHalf2(words, i);
       a[i] = reinterpret_cast<const __half2&>(bits);
     }
   }
@@ -107,10 +78,45 @@ struct E2M1Fragment : formats::FormatBase<Derived, 4> {
 #endif
 };
 
+/// Fragments of e2m1 codes. A code is cut into sign and magnitude, so that few instructions bring those of a pair to where a half2
+/// has them, bits 15 and 11 to 9 of either half (the second code's bits lie 16 higher; bit 34 is bit 2):
+///
+///   pair  magnitude  sign
+///    0      9 - 11    15    in place
+///    1     12 - 14    18    after a rotation by 3
+///    2      6 -  8     0
+///    3      3 -  5     1
+///
+/// Placed at the top of a float16's exponent and mantissa, e2m1 is the float16 of the same value times 2^-14, its
+/// subnormals included.
+template <class Derived>
+struct E2M1Fragment : ScaledHalfFragment<Derived, 4, 1 << 14> {
+  static void EncodeFragment(const uint8_t* codes, uint8_t* bytes) {
+    constexpr int kMagnitude[4] = {9, 12, 6, 3}, kSign[4] = {15, 18, 0, 1};
+    uint32_t word = 0;
+    for (int i = 0; i < 8; ++i) {
+      const int second = i % 2 * 16;
+      word |= uint32_t(codes[i] & 7) << (kMagnitude[i / 2] + second);
+      word |= uint32_t(codes[i] >> 3 & 1) << ((kSign[i / 2] + second) % 32);
+    }
+    for (int i = 0; i < 4; ++i) bytes[i] = uint8_t(word >> (8 * i));
+  }
+
+  /// Two float16: the values of pair `pair` times 2^-14.
+  QMOE_HOST_DEVICE static constexpr uint32_t ScaledHalf2(const uint32_t* words, int pair) {
+    const uint32_t word = words[0];
+    constexpr uint32_t kSigns = 0x80008000u, kMagnitudes = 0x0e000e00u;
+    if (pair == 0) return word & (kSigns | kMagnitudes);
+    if (pair == 1) return (word >> 3 | word << 29) & (kSigns | kMagnitudes);
+    if (pair == 2) return (word << 3 & kMagnitudes) | (word << 15 & kSigns);
+    return (word << 6 & kMagnitudes) | (word << 14 & kSigns);
+  }
+};
+
 /// Fragments of e4m3 codes, bytes in register order. Shifted down by one bit under its sign, e4m3 is the float16 of the
 /// same value times 2^-8, subnormals included.
 template <class Derived>
-struct E4M3Fragment : formats::FormatBase<Derived, 8> {
+struct E4M3Fragment : ScaledHalfFragment<Derived, 8, 1 << 8> {
   /// Two float16: the values of pair `pair` times 2^-8.
   QMOE_HOST_DEVICE static constexpr uint32_t ScaledHalf2(const uint32_t* words, int pair) {
     const uint32_t codes = words[pair / 2] >> (16 * (pair % 2));
@@ -118,25 +124,6 @@ struct E4M3Fragment : formats::FormatBase<Derived, 8> {
                                                      << 16;  // each in the upper byte of a half
     return (high & 0x80008000u) | (high & 0x7f007f00u) >> 1;
   }
-
-#if defined(__CUDACC__)
-  /// As in E2M1Fragment: values times 2^-8.
-  static constexpr float kScaledHalfFactor = 256;
-  __device__ static void ScaledFragment(const uint32_t* words, __half2 (&a)[4]) {
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t bits = ScaledHalf2(words, i);
-      a[i] = reinterpret_cast<const __half2&>(bits);
-    }
-  }
-
-  template <class T2>
-  __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
-    __half2 scaled[4];
-    ScaledFragment(words, scaled);
-    for (int i = 0; i < 4; ++i)
-      a[i] = FromHalf2<T2>(__hmul2(scaled[i], __float2half2_rn(kScaledHalfFactor)));
-  }
-#endif
 };
 
 }  // namespace qmoe_plugin

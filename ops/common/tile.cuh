@@ -60,6 +60,21 @@ class Codebook<F> {
   float value_;
 };
 
+/// Centered values of a fragment of F::kFragmentWords words, two of each row: (g, k..), (g+8, k..), (g, k+8..), (g+8, k+8..).
+template <class F, class T2>
+__device__ void DequantWords(const Codebook<F>& codebook, const uint32_t* words, T2 (&a)[4]) {
+  if constexpr (F::kCodebook) {
+    static_assert(F::kBits == 4 && std::is_same_v<T2, float2>);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = words[0] >> (8 * i);
+      a[i] = make_float2(codebook[pair & 15], codebook[(pair >> 4) & 15]);
+    }
+  } else {
+    F::DequantFragment(words, a);
+  }
+}
+
 /// The codes of one lane in one tile, as words.
 template <class F>
 struct LaneCodes {
@@ -96,22 +111,14 @@ struct LaneCodes {
     }
   }
 
-  /// Centered values of fragment j, two of each row: (g, k..), (g+8, k..), (g, k+8..), (g+8,
-  /// k+8..).
+  /// DequantWords of fragment j.
   template <class T2>
   __device__ void Dequant(const Codebook<F>& codebook, int j, T2 (&a)[4]) const {
-    if constexpr (F::kCodebook) {
-      static_assert(F::kBits == 4 && std::is_same_v<T2, float2>);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t pair = words[j] >> (8 * i);
-        a[i] = make_float2(codebook[pair & 15], codebook[(pair >> 4) & 15]);
-      }
-    } else if constexpr (F::kBits == 2) {
+    if constexpr (F::kBits == 2) {
       const uint32_t half_word = words[j / 2] >> (16 * (j % 2));
-      F::DequantFragment(&half_word, a);
+      DequantWords<F>(codebook, &half_word, a);
     } else {
-      F::DequantFragment(words + j * F::kFragmentWords, a);
+      DequantWords<F>(codebook, words + j * F::kFragmentWords, a);
     }
   }
 
@@ -125,7 +132,7 @@ struct LaneCodes {
 /// The codes of one lane in one fragment of a tile, as words.
 template <class F>
 struct FragmentCodes {
-  uint32_t words[F::kBits < 4 ? 1 : F::kBits / 4];
+  uint32_t words[F::kFragmentWords];
 
   /// Fragment j of a tile in shared memory.
   __device__ void LoadShared(const char* tile, int lane, int j) {
@@ -141,21 +148,6 @@ struct FragmentCodes {
       static_assert(F::kBits == 16);
       const uint4 v = *reinterpret_cast<const uint4*>(from);
       words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-    }
-  }
-
-  /// Like LaneCodes::Dequant.
-  template <class T2>
-  __device__ void Dequant(const Codebook<F>& codebook, T2 (&a)[4]) const {
-    if constexpr (F::kCodebook) {
-      static_assert(F::kBits == 4 && std::is_same_v<T2, float2>);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t pair = words[0] >> (8 * i);
-        a[i] = make_float2(codebook[pair & 15], codebook[(pair >> 4) & 15]);
-      }
-    } else {
-      F::DequantFragment(words, a);
     }
   }
 };

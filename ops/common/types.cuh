@@ -52,6 +52,12 @@ using Scale2Of = std::conditional_t<std::is_same_v<T, float>, float2, __half2>;
 __device__ inline float2 ToFloat2(float2 x) { return x; }
 __device__ inline float2 ToFloat2(__half2 x) { return __half22float2(x); }
 
+/// Neighbouring values that are loaded and stored together, 16 bytes at a time if there are so many.
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth > 16 ? 16 : sizeof(T) * kWidth) Vector {
+  T values[kWidth];
+};
+
 /// Element `index` of a float32, float16 or bfloat16 array whose type is known at run time only.
 __device__ inline float LoadAsFloat(const void* data, DType dtype, int64_t index) {
   if (dtype == DType::kFloat16) return ToFloat(static_cast<const __half*>(data)[index]);

@@ -1,8 +1,8 @@
 // The end of a work item of grouped_gemm_sm90: row scales, biases and activation of a warpgroup's sums, and y.
 //
-// A lane has gate and up of the same feature (rows g and g + 8 of a row tile), so it activates what it holds. Results of 16 bits go
-// through shared memory, transposed, so that neighbouring lanes store neighbouring columns: half a sector by itself would cost
-// memory as much as a whole one. float32 fills whole sectors as it is.
+// A lane has gate and up of the same feature (rows g and g + 8 of a row tile), so it activates what it holds. Results go through
+// shared memory, so that neighbouring lanes store neighbouring columns: half a sector by itself would cost memory as much as a
+// whole one. Those of 16 bits, transposed, by the warpgroup; float32, of which there are few, by each warp.
 #pragma once
 
 #include "ops/common/hopper.cuh"
@@ -92,7 +92,7 @@ __device__ inline void StoreFloats(const CudaGemmArgs& args, int64_t row, int ro
           staged[i / kTileRows * kFloatStride + i % kTileRows];
 }
 
-/// Which 16 bytes of a warpgroup's results a thread stores: the same columns of every kStep-th row.
+/// Which 16 bytes of a warpgroup's results a thread stores: the same columns of every step_-th row.
 template <class T>
 class Chunks {
  public:
@@ -137,8 +137,8 @@ class Chunks {
   int64_t y_step_;
 };
 
-/// Writes y of a warpgroup's sums, which are `factor` times too small: stacks of 64 weight rows from row tile `first_row_tile` on. `staged` is the warpgroup's own shared
-/// memory, `barrier` its barrier.
+/// Writes y of a warpgroup's sums, which are `factor` times too small: stacks of 64 weight rows from row tile `first_row_tile` on.
+/// `staged` is the warpgroup's own shared memory, `barrier` its barrier.
 template <class T, class Layout, int kStacks, int kSums>
 __device__ void StoreSums(const CudaGemmArgs& args, const RowTile& tile, int first_row_tile,
                           float factor, const float (&sums)[kStacks][kSums], char* staged,

@@ -74,7 +74,7 @@ struct StepCodes {
           F::ScaledFragment(codes[step].words, w);
           s = __hmul2(s, __float2half2_rn(kScaleFactor));
         } else {
-          codes[step].Dequant(codebook, w);
+          DequantWords<F>(codebook, codes[step].words, w);
         }
         if constexpr (kOffsets == Offsets::kIntegers) {
           const __half2 offsets[2] = {__low2half2(zero[step]), __high2half2(zero[step])};
@@ -93,7 +93,7 @@ struct StepCodes {
         float2 offset{};
         if constexpr (kOffsets != Offsets::kNone) offset = __half22float2(zero[step]);
         float2 w[4];
-        codes[step].Dequant(codebook, w);
+        DequantWords<F>(codebook, codes[step].words, w);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are row g, 1 and 3 row g + 8
           const float o = i % 2 ? offset.y : offset.x, f = i % 2 ? s.y : s.x;

@@ -10,11 +10,6 @@ namespace {
 constexpr int kThreads = 256;
 static_assert(kMxBlock == 32, "a warp or a part of it takes one block");
 
-template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth > 16 ? 16 : sizeof(T) * kWidth) Vector {
-  T values[kWidth];
-};
-
 /// The expert that row `row` belongs to: the last one whose rows begin at or before it. Experts
 /// without rows begin where the next one does and are passed over.
 __device__ int ExpertOfRow(const int* offsets, int experts, int64_t row) {

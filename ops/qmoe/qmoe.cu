@@ -1,7 +1,6 @@
 // QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute. Where fc1's kernel wants the rows of x sorted, they are
 // copied into the workspace before. With quantised activations x is quantised into the workspace before fc1, the hidden rows in
-// place before fc2. For few tokens
-// fc1 and fc2 route by themselves where their kernels can, and three launches are left.
+// place before fc2. For few tokens fc1 and fc2 route by themselves where their kernels can, and three launches are left.
 //
 // Long inputs are processed in chunks of tokens, one after the other in the same workspace, so that
 // the intermediate rows take at most kChunkBytes. Each token's output depends on its own input row
@@ -110,11 +109,11 @@ class CudaQMoe final : public QMoe {
     int* sorted_row;      // [T, k]
     RowTile *fc1_tiles, *fc2_tiles;
     int *fc1_tile_count, *fc2_tile_count, *fc1_next_item, *fc2_next_item;
-    char*
-        quantized;  // [T, H], or [T * k, H] sorted rows where experts differ; null = not quantised
-    char* sorted;   // [T * k, H]; null = fc1 gathers, or rows were sorted when they were quantised
-    char* hidden;   // [T * k, I] sorted rows
-    char* y;        // [T * k, H] sorted rows
+    // x before fc1; null = not needed, or, of `sorted`, done when it was quantised.
+    char* quantized;  // [T, H], or [T * k, H] sorted rows where experts differ
+    char* sorted;     // [T * k, H]
+    char* hidden;     // [T * k, I] sorted rows
+    char* y;          // [T * k, H] sorted rows
     bool y_is_float;
   };
 

@@ -9,11 +9,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth > 16 ? 16 : sizeof(T) * kWidth) Vector {
-  T values[kWidth];
-};
-
 /// One thread makes kWidth neighbouring values: 16 bytes where pointers and H allow, else one.
 template <class T, class Y, int kWidth>
 __global__ void __launch_bounds__(kThreads) unpermute(const UnpermuteArgs args) {

@@ -183,11 +183,8 @@ void TestFloatCodes(float factor, const ScaledHalf2& scaled_half2) {
 }
 
 void TestFloats() {
-  const auto e2m1 = [](const uint32_t* words, int pair) {
-    return formats::mxfp4::ScaledHalf2(words[0], pair);
-  };
-  TestFloatCodes<formats::mxfp4>(0x1p14f, e2m1);
-  TestFloatCodes<formats::nvfp4>(0x1p14f, e2m1);
+  TestFloatCodes<formats::mxfp4>(0x1p14f, &formats::mxfp4::ScaledHalf2);
+  TestFloatCodes<formats::nvfp4>(0x1p14f, &formats::nvfp4::ScaledHalf2);
   TestFloatCodes<formats::fp8_e4m3>(0x1p8f, &formats::fp8_e4m3::ScaledHalf2);
   // The tables by hand: what the codes mean.
   const float e2m1_values[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
