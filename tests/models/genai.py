@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -73,24 +74,32 @@ def configure(folder: Path, device: str, options: dict[str, str] | None = None) 
     """Puts our library into a model's folder, and session options into its configuration."""
     library = Path(qmoe_plugin.get_library_path())
     shutil.copy(library, folder)
+    given: dict[str, object] = {"custom_ops_library": library.name, **(options or {})}
+    if device == "cpu":  # the exports for CUDA ask for it
+        given["provider_options"] = []
+    set_options(folder, given)
+
+
+def set_options(folder: Path, options: dict[str, object]) -> None:
+    """Session options in a model's configuration, and a profile of who ran its nodes."""
     path = folder / "genai_config.json"
     config = json.loads(path.read_text())
-    session_options = config["model"]["decoder"]["session_options"]
-    session_options |= {
-        "custom_ops_library": library.name,
+    config["model"]["decoder"]["session_options"] |= {
         "enable_profiling": str(folder / "profile"),
-        **(options or {}),
+        **options,
     }
-    if device == "cpu":  # the exports for CUDA ask for it
-        session_options["provider_options"] = []
-    else:
-        assert any("cuda" in provider for provider in session_options["provider_options"])
     path.write_text(json.dumps(config))
+
+
+def _decoder(folder: Path) -> Any:
+    return json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
 
 
 def generate(folder: Path, expected: Expected, device: str) -> Generated:
     """Greedy decoding; asserts that every node of our ops ran on the device."""
     require(device)
+    asked = str(_decoder(folder)["session_options"].get("provider_options"))
+    assert ("cuda" in asked) == (device == "cuda")
     given, output = folder / "given.npz", folder / "generated.npz"
     np.savez(given, prompt=expected.prompt, count=len(expected.tokens))
     _run("run", device, str(folder), str(given), str(output))
@@ -104,7 +113,7 @@ def _check_providers(folder: Path, device: str) -> None:
     (profile,) = folder.glob("profile*.json")
     events = [event.get("args", {}) for event in json.loads(profile.read_text())]
     ran = [event for event in events if event.get("op_name") in OPS]
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    graph = onnx.load(folder / _decoder(folder)["filename"], load_external_data=False).graph
     moe = {event["node_index"] for event in ran if event["op_name"] != "MatMulNBits"}
     assert len(moe) == sum(node.op_type in ("QMoE", "MoE") for node in graph.node) > 0
     assert {event["provider"] for event in ran} == {_PROVIDERS[device]}

@@ -143,6 +143,29 @@ def test_install_and_undo(name: str, exports: export.Exports, tmp_path: Path) ->
         assert tokens == expected.tokens
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize(
+    "name", ["qwen35_moe-prepacked_int4", "lfm2_moe-prepacked_int8", "gpt_oss_64-prepacked_int4"]
+)
+def test_install_and_undo_on_a_gpu(
+    name: str, device: str, exports: export.Exports, tmp_path: Path
+) -> None:
+    item, folder = export.by_id(name), tmp_path / "genai"
+    exported, expected = exports.model(item), exports.expected(item)
+    shutil.copytree(exported, folder)
+    done = run("install", folder, "--strict")
+    assert done.returncode == 0, done.stderr
+    running = tmp_path / "running"  # a copy, as looking up who ran a node needs one more option
+    shutil.copytree(folder, running)
+    genai.set_options(running, {})
+    genai.check(genai.generate(running, expected, device), item, expected)
+    done = run("install", folder, "--undo")
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in exported.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert filecmp.cmpfiles(exported, folder, names, shallow=False) == (names, [], [])
+
+
 def test_prepacked_and_raw_weights_may_mix(exports: export.Exports) -> None:
     """Small matrices cannot be prepacked: one file holds both layouts, told apart node by node."""
     item = next(item for item in GENAI if item.name == "prepacked_int4")

@@ -160,6 +160,20 @@ def test_report(tmp_path):
     assert "busiest" in page.text
 
 
+@pytest.mark.gpu
+def test_bench_and_report_on_a_gpu(cuda, tmp_path):
+    path, inputs = save(QMoECase(hidden=256, inter=256, experts=8, k=2, dtype="float16"), tmp_path)
+    done = run("bench", path, "--inputs", inputs, "--repeat", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert "sm_" in measured["target"]
+    assert all(measured[who]["median_ms"] > 0 for who in ("ours", "stock"))
+    output = tmp_path / "report.html"
+    done = run("report", path, output, "--inputs", inputs, "--repeat", 2, "--strict")
+    assert done.returncode == 0, done.stderr
+    assert len(Page(output).pictures) >= 3
+
+
 def test_report_says_what_is_missing(tmp_path):
     path, inputs = save(QMoECase(activation="geglu"), tmp_path)
     output = tmp_path / "report.html"
