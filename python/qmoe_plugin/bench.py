@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from qmoe_plugin.devices import CPU, Target, best_target
 from qmoe_plugin.graph.apply import apply
 from qmoe_plugin.graph.retarget import Retarget, Unretarget
 from qmoe_plugin.library import OPS, runtime
+from qmoe_plugin.node_times import time_nodes, values_around
 from qmoe_plugin.ort_values import Array
 from qmoe_plugin.report import logger
 from qmoe_plugin.sample_inputs import Wanted, known_dims, sample_inputs
@@ -30,6 +31,12 @@ _KERNEL_TIME = "_kernel_time"
 """How onnxruntime's profiles end the names of what they say of a node."""
 
 _WARM_UP = 2
+
+IN_RUNS = "within runs of the model, as onnxruntime's profile has them"
+ALONE = (
+    "each node alone in a CUDA graph, with the inputs that the model gives it; run after run, so "
+    "weights may come from L2 when they fit"
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,14 @@ class NodeTime:
         op_type: Its op, one of ours.
         ours_us: Median microseconds with our kernels; None if it is not ours there.
         stock_us: Likewise with the stock ones.
+        missing: Why a time is missing, of a node that runs in the model and not alone; else "".
     """
 
     name: str
     op_type: str
     ours_us: float | None
     stock_us: float | None
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,15 +66,17 @@ class Times:
         load_s: Seconds that making the session took.
         median_ms: Of a run.
         min_ms: Of a run.
-        nodes_us: Median microseconds of each node of our ops, by name; empty on CUDA.
-        others_us: Of all other nodes together; 0 on CUDA.
+        nodes_us: Median microseconds of each node of our ops, by name.
+        others_us: Of all other nodes together; None on CUDA, where they are not timed.
+        refused: Why nodes that run in the model do not run alone, by name; empty on the CPU.
     """
 
     load_s: float
     median_ms: float
     min_ms: float
     nodes_us: Mapping[str, float]
-    others_us: float
+    others_us: float | None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,10 @@ class BenchReport:
         ours: With our kernels.
         stock: With the stock ones; None if they do not run it.
         stock_reason: Why they do not; "" if they do.
-        nodes: The nodes of our ops, in the order of the model; empty on CUDA, where onnxruntime's
-            profiles see launches, not kernels.
+        nodes: The nodes of our ops, in the order of the model, but for those in subgraphs and
+            functions.
+        nodes_timed: How times of nodes were taken: `IN_RUNS`, or `ALONE` on CUDA, where
+            onnxruntime's profiles see launches, not kernels.
     """
 
     model: str
@@ -92,6 +105,7 @@ class BenchReport:
     stock: Times | None
     stock_reason: str
     nodes: tuple[NodeTime, ...]
+    nodes_timed: str
 
     def to_dict(self) -> dict[str, Any]:
         """As plain dicts and lists, for JSON."""
@@ -113,13 +127,14 @@ def bench(
 ) -> BenchReport:
     """Times a model with our kernels, then with the stock ones.
 
-    One session at a time, so that both never need memory together. Nodes are timed by
-    onnxruntime's profiler, whole runs after it was switched off.
+    One session at a time, so that both never need memory together. On the CPU, nodes are timed by
+    onnxruntime's profiler, whole runs after it was switched off. On CUDA each node is timed alone,
+    see `node_times.time_nodes`.
 
     Args:
         model: Path of the model. Nodes of either domain are moved for each session.
         inputs: What to feed; None for random tokens, see `sample_inputs`.
-        repeat: How many runs to time.
+        repeat: How many runs to time; of a node alone, batches of runs.
         threads: Threads of a session; 0 for onnxruntime's default.
         cpu: Run on the CPU even where there is a GPU.
 
@@ -132,23 +147,40 @@ def bench(
     path, where = Path(model), CPU if cpu else best_target()
     ours = Source.read(path, Retarget(where))
     feeds = sample_inputs(ours.graph(), known_dims(inputs or Wanted(), path))
-    our_times = _time(ours, where, feeds, repeat, threads)
+    values = None if _profiles(where) else values_around(ours, where, feeds)
+    our_times = _time(ours, where, feeds, values, repeat, threads)
     stock, reason = _stock(path)
     stock_times = None
     if stock is not None:
         try:
-            stock_times = _time(stock, where, feeds, repeat, threads)
+            stock_times = _time(stock, where, feeds, values, repeat, threads)
         except RuntimeError as error:
             reason = str(error)
-    nodes = []
-    for node in ours.proto.graph.node:
-        times = [t.nodes_us.get(node.name) if t else None for t in (our_times, stock_times)]
-        if node.op_type in OPS and times != [None, None]:
-            nodes.append(NodeTime(node.name, node.op_type, *times))
     shapes = {name: array.shape for name, array in feeds.items()}
+    nodes = _nodes(ours, our_times, stock_times)
     return BenchReport(
-        str(path), str(where), shapes, repeat, our_times, stock_times, reason, tuple(nodes)
-    )
+        str(path), str(where), shapes, repeat, our_times, stock_times, reason, nodes,
+        IN_RUNS if values is None else ALONE,
+    )  # fmt: skip
+
+
+def _profiles(where: Target) -> bool:
+    """Whether onnxruntime's profiles say how long a node takes, not how long its launch takes."""
+    return where == CPU
+
+
+def _nodes(source: Source, ours: Times, stock: Times | None) -> tuple[NodeTime, ...]:
+    """The nodes that have a time, or a reason why not."""
+    nodes = []
+    for node in source.proto.graph.node:
+        name = node.name or next(iter(node.output), "")
+        both = [times for times in (ours, stock) if times is not None]
+        missing = next((times.refused[name] for times in both if name in times.refused), "")
+        ours_us = ours.nodes_us.get(name)
+        stock_us = None if stock is None else stock.nodes_us.get(name)
+        if node.op_type in OPS and (missing or ours_us is not None or stock_us is not None):
+            nodes.append(NodeTime(name, node.op_type, ours_us, stock_us, missing))
+    return tuple(nodes)
 
 
 def _stock(path: Path) -> tuple[Source | None, str]:
@@ -161,13 +193,21 @@ def _stock(path: Path) -> tuple[Source | None, str]:
 
 
 def _time(
-    source: Source, where: Target, feeds: Mapping[str, Array], repeat: int, threads: int
+    source: Source,
+    where: Target,
+    feeds: Mapping[str, Array],
+    values: Mapping[str, Array] | None,
+    repeat: int,
+    threads: int,
 ) -> Times:
-    """Times a session."""
+    """Times a session, then its nodes alone on these values; without them, by its profile."""
+    nodes: Mapping[str, float] = {}
+    refused: Mapping[str, str] = {}
+    others = None
     with tempfile.TemporaryDirectory() as scratch, ort_errors(source.name):
         options = runtime().SessionOptions()
         options.intra_op_num_threads = threads
-        options.enable_profiling = True
+        options.enable_profiling = values is None
         options.profile_file_prefix = str(Path(scratch) / "profile")
         start = time.perf_counter()
         session = open_as_is(source.proto, source.folder, default_providers(where), options)
@@ -175,13 +215,16 @@ def _time(
         run = bind(session, source.proto.graph, feeds)
         for _ in range(_WARM_UP + repeat):
             run()
-        profile = json.loads(Path(session.end_profiling()).read_text())
+        if values is None:
+            profile = json.loads(Path(session.end_profiling()).read_text())
+            nodes, others = _node_times(source.proto, profile)
         runs = [_seconds(run) for _ in range(repeat)]
     logger.info("%s: %.3f ms a run", source.name, 1e3 * statistics.median(runs))
-    nodes, others = ({}, 0.0) if where != CPU else _node_times(source.proto, profile)
-    del session
+    del run, session
     gc.collect()
-    return Times(load, 1e3 * statistics.median(runs), 1e3 * min(runs), nodes, others)
+    if values is not None:
+        nodes, refused = time_nodes(source, where, values, repeat=repeat, threads=threads)
+    return Times(load, 1e3 * statistics.median(runs), 1e3 * min(runs), nodes, others, refused)
 
 
 def _seconds(run: Callable[[], object]) -> float:

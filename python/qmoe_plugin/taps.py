@@ -99,9 +99,31 @@ def run_nodes(
     """
     if not nodes:
         return {}
-    proto = onnx.ModelProto()
-    proto.CopyFrom(source.proto)
-    graph = proto.graph
+    proto, feeds = cut_out(source, nodes, values, types)
+    return _run(source, proto, providers, feeds)
+
+
+def cut_out(
+    source: Source,
+    nodes: Mapping[str, ir.Node],
+    values: Mapping[str, Array],
+    types: Mapping[str, ir.DataType],
+) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """A model of single nodes of a graph, none of which reads what another one gives.
+
+    Constants stay where they are, in the model or in its files. Of each node, the first output is
+    an output of the model, under its name.
+
+    Args:
+        source: The model.
+        nodes: By the name of their first output.
+        values: What they read, but for constants.
+        types: The types that they want it in; those of the values where it does not say.
+
+    Returns:
+        The model, whose inputs are of the values' shapes, and what to feed it.
+    """
+    graph = source.proto.graph
     wanted = {name for node in nodes.values() for name in _input_names(node)}
     kept = [
         node
@@ -112,19 +134,23 @@ def run_nodes(
     constants = {output for node in kept if node.op_type == "Constant" for output in node.output}
     used = [tensor for tensor in graph.initializer if tensor.name in wanted]
     constants |= {tensor.name for tensor in used}
-    feeds = {name: values[name] for name in sorted(wanted - constants)}
-    for field, content in (("node", kept), ("initializer", used)):
-        copies = [type(item).FromString(item.SerializeToString()) for item in content]
-        graph.ClearField(field)
-        getattr(graph, field).extend(copies)
-    for field in ("input", "output", "value_info", "sparse_initializer", "quantization_annotation"):
-        graph.ClearField(field)
-    for name, array in feeds.items():
-        dtype = types.get(name) or ir.DataType.from_numpy(array.dtype)
-        graph.input.append(onnx.helper.make_tensor_value_info(name, dtype.value, array.shape))
+    made = onnx.ModelProto(ir_version=source.proto.ir_version)
+    made.opset_import.extend(source.proto.opset_import)
+    made.graph.name = "nodes"
+    made.graph.node.extend(kept)
+    made.graph.initializer.extend(used)
+    # What one of the nodes gives and another one reads is an output and an input.
+    inputs = {n: f"{n}/fed" if n in nodes else n for n in sorted(wanted - constants)}
+    for node in made.graph.node:
+        node.input[:] = [inputs.get(name, name) for name in node.input]
+    for name, fed in inputs.items():
+        dtype = types.get(name) or ir.DataType.from_numpy(values[name].dtype)
+        made.graph.input.append(
+            onnx.helper.make_tensor_value_info(fed, dtype.value, values[name].shape)
+        )
     for name in nodes:
-        graph.output.add(name=name)
-    return _run(source, proto, providers, feeds)
+        made.graph.output.add(name=name)
+    return made, {fed: values[name] for name, fed in inputs.items()}
 
 
 def activation_names(node: ir.Node) -> list[str]:
@@ -170,11 +196,18 @@ def ort_errors(name: str, hint: str = "") -> Iterator[None]:
         raise
 
 
-def default_providers(where: Target) -> Providers:
-    """Those of a session that runs there, with stock products as exact as their type says."""
+def default_providers(where: Target, *, cuda_graph: bool = False) -> Providers:
+    """Those of a session that runs there, with stock products as exact as their type says.
+
+    Args:
+        where: What it runs on.
+        cuda_graph: On CUDA, make a graph of the first run, which the others replay. Inputs and
+            outputs must then be bound to memory on the device, and stay there.
+    """
     if where == CPU:
         return [CPU_PROVIDER]
-    return [(CUDA_PROVIDER, {"use_tf32": "0"}), CPU_PROVIDER]
+    options = {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}
+    return [(CUDA_PROVIDER, options), CPU_PROVIDER]
 
 
 def open_as_is(

@@ -168,10 +168,20 @@ def test_bench_and_report_on_a_gpu(cuda, tmp_path):
     measured = json.loads(done.stdout)
     assert "sm_" in measured["target"]
     assert all(measured[who]["median_ms"] > 0 for who in ("ours", "stock"))
+    assert measured["nodes_timed"].startswith("each node alone")
+    (node,) = measured["nodes"]
+    assert (node["name"], node["missing"]) == ("node", "")
+    # A run of the model is launches, copies and waiting besides.
+    assert all(
+        0 < node[f"{who}_us"] < 1e3 * measured[who]["median_ms"] for who in ("ours", "stock")
+    )
     output = tmp_path / "report.html"
     done = run("report", path, output, "--inputs", inputs, "--repeat", 2, "--strict")
     assert done.returncode == 0, done.stderr
-    assert len(Page(output).pictures) >= 3
+    page = Page(output)
+    assert len(page.pictures) == 5
+    assert re.search(r"(gemv|gemm)_sm\d+\w*\.int4</text>", page.text)
+    assert "each node alone" in page.text
 
 
 def test_report_says_what_is_missing(tmp_path):

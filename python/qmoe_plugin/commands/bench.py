@@ -64,16 +64,19 @@ def _text(report: BenchReport, count: int) -> str:
         lines += ["", *text_table(("node", "op", "ours us", "stock us", "speedup"), rows)]
         if len(longest) < len(report.nodes):
             lines.append(f"... and {len(report.nodes) - len(longest)} shorter ones (-v)")
+        lines.append(f"times of nodes: {report.nodes_timed}")
+        missing = [n.missing for n in report.nodes if n.missing]
+        if missing:
+            lines.append(f"{len(missing)} of them lack one; the first: {missing[0]}")
     totals = [
         _row("run, ms", report, lambda times: times.median_ms),
         _row("making the session, ms", report, lambda times: 1e3 * times.load_s),
     ]
-    if report.nodes:
-        totals = [
-            _row("nodes of our ops, us", report, lambda times: sum(times.nodes_us.values())),
-            _row("other nodes, us", report, lambda times: times.others_us),
-            *totals,
-        ]
+    if report.ours.others_us is not None:
+        totals.insert(0, _row("other nodes, us", report, lambda times: times.others_us))
+    if report.nodes and not any(n.missing for n in report.nodes):
+        total = _row("nodes of our ops, us", report, lambda times: sum(times.nodes_us.values()))
+        totals.insert(0, total)
     lines += ["", *text_table(("whole model", "ours", "stock", "speedup"), totals)]
     if report.stock_reason:
         lines.append(f"stock: {report.stock_reason}")
@@ -81,11 +84,15 @@ def _text(report: BenchReport, count: int) -> str:
 
 
 def _row(
-    name: str, report: BenchReport, figure: Callable[[Times], float]
+    name: str, report: BenchReport, figure: Callable[[Times], float | None]
 ) -> tuple[str, str, str, str]:
     ours = figure(report.ours)
     stock = None if report.stock is None else figure(report.stock)
-    return name, f"{ours:.3f}", "-" if stock is None else f"{stock:.3f}", _ratio(ours, stock)
+    return name, _figure(ours), _figure(stock), _ratio(ours, stock)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _us(time: float | None) -> str:
