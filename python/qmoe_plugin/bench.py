@@ -107,6 +107,14 @@ class BenchReport:
     nodes: tuple[NodeTime, ...]
     nodes_timed: str
 
+    @property
+    def gaps(self) -> str:
+        """Which times of nodes are missing, and why; "" if none is."""
+        reasons = [node.missing for node in self.nodes if node.missing]
+        if not reasons:
+            return ""
+        return f"{len(reasons)} of {len(self.nodes)} nodes lack a time; the first: {reasons[0]}"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain dicts and lists, for JSON."""
         return {

@@ -165,13 +165,13 @@ def _time_body(report: BenchReport, found: Inspection) -> str:
         facts.append(("run, stock kernels", f"{report.stock.median_ms:.3f} ms"))
     if report.ours.others_us is not None:
         facts.append(("nodes of other ops", f"{report.ours.others_us:.0f} us"))
-    notes = [f"Stock: {report.stock_reason}"] if report.stock_reason else []
+    notes = [report.stock_reason and f"Stock: {report.stock_reason}"]
     if report.nodes:
         notes.append(f"Times of nodes: {report.nodes_timed}.")
     else:
         notes.append("No node has a time: those in subgraphs and functions have none.")
-    notes += [f"No time: {node.missing}" for node in report.nodes if node.missing]
-    note = "".join(f"<p>{escape(text)}</p>" for text in notes)
+    notes.append(report.gaps)
+    note = "".join(f"<p>{escape(text)}</p>" for text in notes if text)
     if not report.nodes:
         return note + _table(facts)
     series = ("ours", "stock") if report.stock is not None else ("ours",)

@@ -113,9 +113,10 @@ def time_nodes(
                 )  # fmt: skip
         except RuntimeError as error:
             refused[name] = str(error)
-            logger.warning("%s has no time: %s", name, error)
+            logger.warning("%s", error)
+        else:
+            logger.info("%s alone: %.1f us", name, us[name])
         gc.collect()  # the weights of this one, before those of the next
-    logger.info("%s: %d nodes timed alone", source.name, len(us))
     return us, refused
 
 

@@ -132,11 +132,11 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     report = benching.bench(path, inputs=Wanted(feeds), repeat=1, cpu=True)
     assert [node.missing for node in report.nodes] == ["", "<no> kernel"]
     text = command._text(report, 10)
-    assert "1 of them lack one; the first: <no> kernel" in text
+    assert "1 of 2 nodes lack a time; the first: <no> kernel" in text
     assert "nodes of our ops, us" not in text  # a sum of some would look like that of all
     page, sections = make_page(path, inputs=Wanted(feeds), repeat=1, cpu=True)
     assert not any(section.missing for section in sections)
-    assert "No time: &lt;no&gt; kernel" in page
+    assert "1 of 2 nodes lack a time; the first: &lt;no&gt; kernel" in page
     assert "each node alone" in page
     assert "nodes of other ops" not in page
 

@@ -65,16 +65,15 @@ def _text(report: BenchReport, count: int) -> str:
         if len(longest) < len(report.nodes):
             lines.append(f"... and {len(report.nodes) - len(longest)} shorter ones (-v)")
         lines.append(f"times of nodes: {report.nodes_timed}")
-        missing = [n.missing for n in report.nodes if n.missing]
-        if missing:
-            lines.append(f"{len(missing)} of them lack one; the first: {missing[0]}")
+        if report.gaps:
+            lines.append(report.gaps)
     totals = [
         _row("run, ms", report, lambda times: times.median_ms),
         _row("making the session, ms", report, lambda times: 1e3 * times.load_s),
     ]
     if report.ours.others_us is not None:
         totals.insert(0, _row("other nodes, us", report, lambda times: times.others_us))
-    if report.nodes and not any(n.missing for n in report.nodes):
+    if report.nodes and not report.gaps:
         total = _row("nodes of our ops, us", report, lambda times: sum(times.nodes_us.values()))
         totals.insert(0, total)
     lines += ["", *text_table(("whole model", "ours", "stock", "speedup"), totals)]
