@@ -54,7 +54,8 @@ struct PackedHeader {
     kSumScale = 8,    // a scale of the activations is in row_scales
     kPermutedK = 16,  // K is not as stored (g_idx): only of use to who packed them
     kCodebook = 32,
-    kIntegerOffsets = 64  // of zero offsets: none is a fraction
+    kIntegerOffsets = 64,  // of zero offsets: none is a fraction
+    kShortScales = 128     // block scales are exact in bfloat16, too
   };
 
   char magic[8];

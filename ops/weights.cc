@@ -245,6 +245,20 @@ bool RowReader::has_integer_zero_points() const {
                       [](ZeroPoints kind) { return kind == ZeroPoints::kFloat; });
 }
 
+bool RowReader::has_short_scales() const {
+  if (block_size() == 0) return true;
+  return std::all_of(parts_.begin(), parts_.end(), [](const Projection& p) {
+    if (const DType type = p.ScaleType(); type == DType::kFloat32 || type == DType::kFloat16)
+      return false;
+    if (!p.global_scale.present) return true;
+    const auto* global = static_cast<const float*>(p.global_scale.data);
+    return std::all_of(global, global + p.experts, [](float factor) {
+      int exponent;
+      return std::abs(std::frexp(factor, &exponent)) == 0.5f;  // a power of two
+    });
+  });
+}
+
 bool RowReader::has_bias() const {
   return std::any_of(parts_.begin(), parts_.end(),
                      [](const Projection& p) { return p.bias.present; });

@@ -8,6 +8,8 @@
 #include <cuda_fp16.h>
 
 #include <type_traits>
+
+#include "ops/common/ptx.cuh"
 #endif
 
 namespace qmoe_plugin {
@@ -54,30 +56,6 @@ __device__ inline T2 FromHalf2(__half2 v) {
 }
 #endif
 
-/// Fragments of floats whose bits Derived::ScaledHalf2 moves to where float16 has them: float16 of the values, kFactor times too small.
-/// One multiplication finishes the conversion, exactly.
-template <class Derived, int kBits, int kFactor>
-struct ScaledHalfFragment : formats::FormatBase<Derived, kBits> {
-#if defined(__CUDACC__)
-  /// What kernels that scale float16 weights anyway may use instead of DequantFragment: values that many times too small.
-  static constexpr float kScaledHalfFactor = kFactor;
-  __device__ static void ScaledFragment(const uint32_t* words, __half2 (&a)[4]) {
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t bits = Derived::ScaledHalf2(words, i);
-      a[i] = reinterpret_cast<const __half2&>(bits);
-    }
-  }
-
-  template <class T2>
-  __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
-    __half2 scaled[4];
-    ScaledFragment(words, scaled);
-    for (int i = 0; i < 4; ++i)
-      a[i] = FromHalf2<T2>(__hmul2(scaled[i], __float2half2_rn(kScaledHalfFactor)));
-  }
-#endif
-};
-
 /// Fragments of e2m1 codes. A code is cut into sign and magnitude, so that few instructions bring those of a pair to where a half2
 /// has them, bits 15 and 11 to 9 of either half (the second code's bits lie 16 higher; bit 34 is bit 2):
 ///
@@ -87,10 +65,10 @@ struct ScaledHalfFragment : formats::FormatBase<Derived, kBits> {
 ///    2      6 -  8     0
 ///    3      3 -  5     1
 ///
-/// Placed at the top of a float16's exponent and mantissa, e2m1 is the float16 of the same value times 2^-14, its
-/// subnormals included.
+/// Placed at the top of a float16's exponent and mantissa (or, 3 bits lower, of a bfloat16's), e2m1 is the float16 of the same value
+/// times 2^-14 (2^-126), its subnormals included. One multiplication finishes the conversion, exactly.
 template <class Derived>
-struct E2M1Fragment : ScaledHalfFragment<Derived, 4, 1 << 14> {
+struct E2M1Fragment : formats::FormatBase<Derived, 4> {
   static void EncodeFragment(const uint8_t* codes, uint8_t* bytes) {
     constexpr int kMagnitude[4] = {9, 12, 6, 3}, kSign[4] = {15, 18, 0, 1};
     uint32_t word = 0;
@@ -103,27 +81,79 @@ struct E2M1Fragment : ScaledHalfFragment<Derived, 4, 1 << 14> {
   }
 
   /// Two float16: the values of pair `pair` times 2^-14.
-  QMOE_HOST_DEVICE static constexpr uint32_t ScaledHalf2(const uint32_t* words, int pair) {
-    const uint32_t word = words[0];
+  QMOE_HOST_DEVICE static constexpr uint32_t ScaledHalf2(uint32_t word, int pair) {
     constexpr uint32_t kSigns = 0x80008000u, kMagnitudes = 0x0e000e00u;
     if (pair == 0) return word & (kSigns | kMagnitudes);
     if (pair == 1) return (word >> 3 | word << 29) & (kSigns | kMagnitudes);
     if (pair == 2) return (word << 3 & kMagnitudes) | (word << 15 & kSigns);
     return (word << 6 & kMagnitudes) | (word << 14 & kSigns);
   }
+
+  /// Two bfloat16: the values of pair `pair` times 2^-126.
+  QMOE_HOST_DEVICE static constexpr uint32_t ScaledBFloat162(uint32_t word, int pair) {
+    constexpr uint32_t kSigns = 0x80008000u, kMagnitudes = 0x01c001c0u;
+    if (pair == 0) return (word >> 3 & kMagnitudes) | (word & kSigns);
+    if (pair == 1) return (word >> 6 & kMagnitudes) | ((word >> 3 | word << 29) & kSigns);
+    if (pair == 2) return (word & kMagnitudes) | (word << 15 & kSigns);
+    return (word << 3 & kMagnitudes) | (word << 14 & kSigns);
+  }
+
+#if defined(__CUDACC__)
+  /// What kernels that scale weights anyway may use instead of DequantFragment: values that many times too small.
+  template <class T2>
+  static constexpr float kScaledFactor = std::is_same_v<T2, __half2> ? 0x1p14f : 0x1p126f;
+
+  template <class T2>
+  __device__ static void ScaledFragment(const uint32_t* words, T2 (&a)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t bits =
+          std::is_same_v<T2, __half2> ? ScaledHalf2(words[0], i) : ScaledBFloat162(words[0], i);
+      a[i] = reinterpret_cast<const T2&>(bits);
+    }
+  }
+
+  template <class T2>
+  __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
+    using Scaled2 = std::conditional_t<std::is_same_v<T2, float2>, __half2, T2>;
+    Scaled2 scaled[4];
+    ScaledFragment(words, scaled);
+    const Scaled2 factor = FromFloat2<Scaled2>({kScaledFactor<Scaled2>, kScaledFactor<Scaled2>});
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (std::is_same_v<T2, float2>)
+        a[i] = __half22float2(__hmul2(scaled[i], factor));
+      else
+        a[i] = __hmul2(scaled[i], factor);
+    }
+  }
+#endif
 };
 
-/// Fragments of e4m3 codes, bytes in register order. Shifted down by one bit under its sign, e4m3 is the float16 of the
-/// same value times 2^-8, subnormals included.
+/// Fragments of e4m3 codes, bytes in register order.
 template <class Derived>
-struct E4M3Fragment : ScaledHalfFragment<Derived, 8, 1 << 8> {
-  /// Two float16: the values of pair `pair` times 2^-8.
+struct E4M3Fragment : formats::FormatBase<Derived, 8> {
+  /// Two float16: the values of pair `pair` times 2^-8. Shifted down by one bit under its sign, e4m3 is the float16 of the same value
+  /// times 2^-8, subnormals included.
   QMOE_HOST_DEVICE static constexpr uint32_t ScaledHalf2(const uint32_t* words, int pair) {
     const uint32_t codes = words[pair / 2] >> (16 * (pair % 2));
     const uint32_t high = (codes & 0xffu) << 8 | (codes & 0xff00u)
                                                      << 16;  // each in the upper byte of a half
     return (high & 0x80008000u) | (high & 0x7f007f00u) >> 1;
   }
+
+#if defined(__CUDACC__)
+  template <class T2>
+  __device__ static void DequantFragment(const uint32_t* words, T2 (&a)[4]) {
+    for (int i = 0; i < 4; ++i) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+      a[i] = FromHalf2<T2>(E4M3ToHalf2(words[i / 2] >> (16 * (i % 2))));
+#else
+      const uint32_t bits = ScaledHalf2(words, i);
+      a[i] =
+          FromHalf2<T2>(__hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f)));
+#endif
+    }
+  }
+#endif
 };
 
 }  // namespace qmoe_plugin

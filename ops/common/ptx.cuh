@@ -10,6 +10,15 @@
 
 namespace qmoe_plugin {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+/// The values of the e4m3 codes in bits 0 to 7 and 8 to 15, exactly.
+__device__ inline __half2 E4M3ToHalf2(uint32_t codes) {
+  uint32_t values;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(values) : "h"(uint16_t(codes)));
+  return reinterpret_cast<const __half2&>(values);
+}
+#endif
+
 /// 16 (or 8) bytes that are read once: kept out of L1.
 __device__ inline uint4 LoadStreaming16(const void* p) {
   uint4 v;

@@ -8,12 +8,13 @@
 //              N being a multiple of 32 that holds the tile's rows
 //   epilogue   epilogue_sm90.cuh
 //
-// Block scales are folded into the weights, which are then rounded once to the activation type. Two blocks share a multiprocessor
-// where tiles are small: decoding limits those, and hides better behind more warps. 256 rows of x are decoded for once; but with few
-// of them two stacks, which share x, are faster.
+// Block scales are folded into the weights, which are then rounded once to the activation type: by a product of 16 bits where these
+// hold both factors. Two blocks share a multiprocessor where tiles are small: decoding limits those, and hides better behind more
+// warps. 256 rows of x are decoded for once; but with few of them two stacks, which share x, are faster.
 #pragma once
 
 #include "ops/common/cuda_host.h"
+#include "ops/common/float_codes.h"
 #include "ops/common/tensor_map.h"
 #include "ops/gemm/epilogue_sm90.cuh"
 #include "ops/gemm/pipeline_sm90.cuh"
@@ -28,19 +29,31 @@ template <class F, int kRows, int kStacks, Offsets kOffsets>
 using Ring = RingIndex<Stage<F, kRows, kStacks, kOffsets>::kStages,
                        Stage<F, kRows, kStacks, kOffsets>::kBytes>;
 
-/// Formats that give scaled values give them to float16 weights, which are multiplied by their block scale anyway. Those are below 32
+/// Whether weights are scaled in 16 bits, with one rounding: values, integer offsets and scales are exact there.
+template <class F, Offsets kOffsets>
+constexpr bool kScalesShort = kOffsets != Offsets::kAny && !F::kCodebook;
+
+/// Formats that give scaled values give them to weights that are multiplied by their block scale anyway. Those are below 32
 /// (ops/pack_scales.h), so that there is room for a part of the factor; the sums get the rest.
 template <class F, class T, Offsets kOffsets>
 concept TakesScaledValues =
-    kOffsets == Offsets::kNone && std::is_same_v<T, __half> && requires { F::kScaledHalfFactor; };
-inline constexpr float kScaleFactor = 1024;
+    kOffsets == Offsets::kNone && requires { F::template kScaledFactor<T2Of<T>>; };
+template <class T>
+constexpr float kScaleFactor = std::is_same_v<T, __half> ? 0x1p10f : 0x1p118f;
 
 template <class F, class T, Offsets kOffsets>
 constexpr float SumFactor() {
   if constexpr (TakesScaledValues<F, T, kOffsets>)
-    return F::kScaledHalfFactor / kScaleFactor;
+    return F::template kScaledFactor<T2Of<T>> / kScaleFactor<T>;
   else
     return 1;
+}
+
+__device__ inline __half2 Both(__half2 v, bool second) {
+  return second ? __high2half2(v) : __low2half2(v);
+}
+__device__ inline __nv_bfloat162 Both(__nv_bfloat162 v, bool second) {
+  return second ? __high2bfloat162(v) : __low2bfloat162(v);
 }
 
 /// What a lane needs of one row tile to make operand A of kSteps k16 steps, on its way from shared memory.
@@ -68,23 +81,23 @@ struct StepCodes {
   __device__ void Decode(const Codebook<F>& codebook, uint32_t (&a)[kSteps][4]) const {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if constexpr (kOffsets != Offsets::kAny && !F::kCodebook && std::is_same_v<T, __half>) {
-        __half2 w[4], s = scale[step];
+      if constexpr (kScalesShort<F, kOffsets>) {
+        using T2 = T2Of<T>;
+        T2 w[4], s = FromHalf2<T2>(scale[step]);
         if constexpr (TakesScaledValues<F, T, kOffsets>) {
           F::ScaledFragment(codes[step].words, w);
-          s = __hmul2(s, __float2half2_rn(kScaleFactor));
+          s = __hmul2(s, FromFloat2<T2>({kScaleFactor<T>, kScaleFactor<T>}));
         } else {
           DequantWords<F>(codebook, codes[step].words, w);
         }
         if constexpr (kOffsets == Offsets::kIntegers) {
-          const __half2 offsets[2] = {__low2half2(zero[step]), __high2half2(zero[step])};
+          const T2 offset = FromHalf2<T2>(zero[step]);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) w[i] = __hadd2(w[i], offsets[i % 2]);
+          for (int i = 0; i < 4; ++i) w[i] = __hadd2(w[i], Both(offset, i % 2));
         }
-        const __half2 both[2] = {__low2half2(s), __high2half2(s)};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          w[i] = __hmul2(w[i], both[i % 2]);
+        for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are row g, 1 and 3 row g + 8
+          w[i] = __hmul2(w[i], Both(s, i % 2));
           a[step][i] = reinterpret_cast<const uint32_t&>(w[i]);
         }
       } else {
@@ -95,7 +108,7 @@ struct StepCodes {
         float2 w[4];
         DequantWords<F>(codebook, codes[step].words, w);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // registers 0 and 2 are row g, 1 and 3 row g + 8
+        for (int i = 0; i < 4; ++i) {
           const float o = i % 2 ? offset.y : offset.x, f = i % 2 ? s.y : s.x;
           a[step][i] = PackPair<T>((w[i].x + o) * f, (w[i].y + o) * f);
         }
@@ -194,13 +207,13 @@ __device__ void Consume(const CudaGemmArgs& args, int scale_bytes, const char* m
   }
 }
 
-/// Per channel: ones in all stages, where block scales would be. Nothing overwrites them.
+/// A number in all stages, where block scales or zero offsets would be. Nothing overwrites them.
 template <class Layout>
-__device__ void FillScales(char* memory) {
+__device__ void FillStages(char* memory, int place, float value) {
   constexpr int kWords = Layout::kTiles * kTileScaleBytes / 4;
   for (int index = threadIdx.x; index < Layout::kStages * kWords; index += kThreads) {
-    char* stage = memory + index / kWords * Layout::kBytes + Layout::kScales;
-    reinterpret_cast<__half2*>(stage)[index % kWords] = __float2half2_rn(1.0f);
+    char* stage = memory + index / kWords * Layout::kBytes + place;
+    reinterpret_cast<__half2*>(stage)[index % kWords] = __float2half2_rn(value);
   }
 }
 
@@ -222,7 +235,10 @@ __global__ void __launch_bounds__(kThreads, Stage<F, kRows, kStacks, kOffsets>::
     queue.Init(kConsumers * kGroup / 32);
     BarrierInitDone();
   }
-  if (args.block_scales == nullptr) FillScales<Layout>(memory + Layout::kFront);
+  if (args.block_scales == nullptr)
+    FillStages<Layout>(memory + Layout::kFront, Layout::kScales, 1);  // per channel
+  if (kOffsets != Offsets::kNone && args.zero_offsets == nullptr)
+    FillStages<Layout>(memory + Layout::kFront, Layout::kZeros, 0);
   __syncthreads();
   WaitForPrevious();
   if (threadIdx.x < kGroup) {
@@ -289,6 +305,18 @@ struct Gemm {
     return best;
   }
 
+  /// Whether block scales may have more bits than T.
+  template <class T>
+  static constexpr bool kMayBeLong =
+      std::is_same_v<T, __nv_bfloat16> && !F::kCodebook && F::kPlainType == DType::kUndefined;
+
+  static Offsets OffsetsOf(const CudaGemmArgs& args) {
+    const bool short_scales = args.dtype == DType::kFloat16 || args.short_scales;
+    if (args.zero_offsets == nullptr)
+      return short_scales || !kMayBeLong<__nv_bfloat16> ? Offsets::kNone : Offsets::kAny;
+    return short_scales && args.integer_offsets ? Offsets::kIntegers : Offsets::kAny;
+  }
+
   /// fn(kernel, its stage) for the combination. rows: of a tile, at most.
   template <class Fn>
   static void WithKernel(DType dtype, int rows, int stacks, Offsets offsets, Fn&& fn) {
@@ -305,12 +333,11 @@ struct Gemm {
                     : with_stacks.template operator()<T, kOffsets, 128, 2>();
     };
     const auto with_type = [&]<class T>() {
-      if constexpr (F::kZeroPoints) {
-        if constexpr (std::is_same_v<T, __half>)
-          if (offsets == Offsets::kIntegers)
-            return with_offsets.template operator()<T, Offsets::kIntegers>();
-        if (offsets != Offsets::kNone) return with_offsets.template operator()<T, Offsets::kAny>();
-      }
+      if constexpr (F::kZeroPoints)
+        if (offsets == Offsets::kIntegers)
+          return with_offsets.template operator()<T, Offsets::kIntegers>();
+      if constexpr (F::kZeroPoints || kMayBeLong<T>)
+        if (offsets == Offsets::kAny) return with_offsets.template operator()<T, Offsets::kAny>();
       with_offsets.template operator()<T, Offsets::kNone>();
     };
     dtype == DType::kFloat16 ? with_type.template operator()<__half>()
@@ -388,9 +415,7 @@ struct Gemm {
   }
 
   static void Launch(const CudaGemmArgs& args, cudaStream_t stream) {
-    const Offsets offsets = args.zero_offsets == nullptr ? Offsets::kNone
-                            : args.integer_offsets       ? Offsets::kIntegers
-                                                         : Offsets::kAny;
+    const Offsets offsets = OffsetsOf(args);
     WithKernel(
         args.dtype, args.tile_rows, Stacks(args), offsets, [&]<class Layout>(auto* kernel, Layout) {
           const int64_t weight_blocks = (args.row_tiles + Layout::kTiles - 1) / Layout::kTiles;

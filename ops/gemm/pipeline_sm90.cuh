@@ -102,7 +102,7 @@ class ItemQueue {
   uint32_t parity_ = 0;
 };
 
-/// Zero offsets: none, integers (which float16 adds to codes exactly), or any.
+/// Zero offsets: none; integers, which 16 bits add to codes exactly; or any, or none where 16 bits do not hold the scales.
 enum class Offsets { kNone, kIntegers, kAny };
 
 /// A stage of the pipeline in shared memory, and what follows from its size. kRows: rows of x in a tile, 32, 128 or 256; kStacks:
@@ -187,10 +187,10 @@ __device__ void Produce(const CudaGemmArgs& args, const Tensors& tensors, uint32
   if (kSource == XSource::kTensor && !first) return;
   const int k_tiles = (args.k + kTileK - 1) / kTileK;
   const bool scaled = args.block_scales != nullptr;
+  const bool offset = kOffsets != Offsets::kNone && args.zero_offsets != nullptr;
   const uint32_t weight_bytes =
       Layout::kTiles *
-      (TileBytes(F::kBits) +
-       tensors.scale_bytes * ((scaled ? 1 : 0) + (kOffsets != Offsets::kNone ? 1 : 0)));
+      (TileBytes(F::kBits) + tensors.scale_bytes * ((scaled ? 1 : 0) + (offset ? 1 : 0)));
   RingIndex<Layout::kStages, Layout::kBytes> ring;
 
   const Items<Layout::kTiles> items(args);
@@ -212,8 +212,7 @@ __device__ void Produce(const CudaGemmArgs& args, const Tensors& tensors, uint32
                    weight_row, full);
         const int column = ((k_tile * kTileK) >> args.block_shift) * kTileRows;
         if (scaled) TensorCopy(stage + Layout::kScales, tensors.scales, column, weight_row, full);
-        if constexpr (kOffsets != Offsets::kNone)
-          TensorCopy(stage + Layout::kZeros, tensors.zeros, column, weight_row, full);
+        if (offset) TensorCopy(stage + Layout::kZeros, tensors.zeros, column, weight_row, full);
         for (int row = 0; row < loaded; row += Layout::kBoxRows)
           TensorCopy(stage + Layout::kX + row * kRowBytes,
                      loaded - row > kHalf ? tensors.x : tensors.x_half, k_tile * kTileK,

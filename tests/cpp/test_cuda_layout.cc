@@ -159,10 +159,11 @@ void ForEachCode(int bits, const Check& check) {
     }
 }
 
-/// Floats whose fragments decode to float16 times a power of two: the float16 must be exact, and so
-/// must be the multiplication that follows (in range and on its grid), for all codes.
-template <class F, class ScaledHalf2>
-void TestFloatCodes(float factor, const ScaledHalf2& scaled_half2) {
+/// Floats whose fragments decode to 16 bits times a power of two: these must be exact, and so must be
+/// the multiplication that follows (in range and on its grid), for all codes. scaled(words, place):
+/// the value at one of the 8 places.
+template <class F, class Scaled>
+void TestFloatCodes(float factor, const Scaled& scaled_at) {
   const Format format = DescribeFormat<F>();
   ForEachCode(F::kBits, [&](const uint8_t* codes) {
     uint32_t words[2] = {};
@@ -172,7 +173,7 @@ void TestFloatCodes(float factor, const ScaledHalf2& scaled_half2) {
     for (int i = 0; i < 8; ++i) {
       const float expected = format.centered[codes[i]];
       if (std::isnan(expected)) continue;  // refused when weights are read
-      const float scaled = Half(scaled_half2(words, i / 2), i % 2), value = scaled * factor;
+      const float value = scaled_at(words, i) * factor;
       EXPECT(value == expected && std::signbit(value) == std::signbit(expected),
              "%s code %d place %d: %g not %g", F::kName, codes[i], i, value, expected);
       EXPECT(HalfToFloat(FloatToHalf(value)) == value &&
@@ -183,9 +184,19 @@ void TestFloatCodes(float factor, const ScaledHalf2& scaled_half2) {
 }
 
 void TestFloats() {
-  TestFloatCodes<formats::mxfp4>(0x1p14f, &formats::mxfp4::ScaledHalf2);
-  TestFloatCodes<formats::nvfp4>(0x1p14f, &formats::nvfp4::ScaledHalf2);
-  TestFloatCodes<formats::fp8_e4m3>(0x1p8f, &formats::fp8_e4m3::ScaledHalf2);
+  const auto half = [](uint32_t pair, int second) { return Half(pair, second); };
+  const auto bfloat16 = [](uint32_t pair, int second) {
+    return BFloat16ToFloat(uint16_t(pair >> (16 * second)));
+  };
+  TestFloatCodes<formats::mxfp4>(0x1p14f, [&](const uint32_t* words, int place) {
+    return half(formats::mxfp4::ScaledHalf2(words[0], place / 2), place % 2);
+  });
+  TestFloatCodes<formats::nvfp4>(0x1p126f, [&](const uint32_t* words, int place) {
+    return bfloat16(formats::nvfp4::ScaledBFloat162(words[0], place / 2), place % 2);
+  });
+  TestFloatCodes<formats::fp8_e4m3>(0x1p8f, [&](const uint32_t* words, int place) {
+    return half(formats::fp8_e4m3::ScaledHalf2(words, place / 2), place % 2);
+  });
   // The tables by hand: what the codes mean.
   const float e2m1_values[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
   for (uint32_t code = 0; code < 16; ++code)

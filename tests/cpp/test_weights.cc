@@ -76,6 +76,26 @@ void TestPlainRows() {
          "absent inputs");
 }
 
+/// By their type: bfloat16 holds what is bfloat16, e8m0 or e4m3, times a power of two.
+void TestShortScales() {
+  Owned w(2, 3, 32, 16);
+  Expect(!RowReader(w.p).has_short_scales(), "float32 scales are long");
+  const std::vector<uint16_t> bfloat16(12, 0x3f80);
+  w.p.scales = View(bfloat16, DType::kBFloat16, {2, 3, 2});
+  Expect(RowReader(w.p).has_short_scales(), "bfloat16 scales are short");
+  Owned channel(2, 3, 32, 0);
+  Expect(RowReader(channel.p).has_short_scales(), "there are no block scales to be long");
+  Owned fp4(2, 3, 32, 32);
+  const std::vector<uint8_t> e8m0(6, 127);
+  fp4.p.format = &GetFormat("mxfp4");
+  fp4.p.scales = View(e8m0, DType::kFloat8E8M0, {2, 3, 1});
+  std::vector<float> global = {0.5f, 4.0f};
+  fp4.p.global_scale = View(global, DType::kFloat32, {2});
+  Expect(RowReader(fp4.p).has_short_scales(), "times powers of two");
+  global[1] = 3;
+  Expect(!RowReader(fp4.p).has_short_scales(), "times 3");
+}
+
 void TestRowOrders() {
   Owned halves(1, 6, 16, 16);
   const RowReader reader(halves.p, RowOrder::kHalves);
@@ -182,6 +202,7 @@ void TestPackedScales() {
 
 int main() {
   TestPlainRows();
+  TestShortScales();
   TestRowOrders();
   TestZeroPoints();
   TestGroupIndex();

@@ -18,6 +18,14 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {x}; }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 inline __nv_bfloat162 __float2bfloat162_rn(float x) { return {x, x}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+inline __nv_bfloat162 __low2bfloat162(__nv_bfloat162 a) { return {a.x, a.x}; }
+inline __nv_bfloat162 __high2bfloat162(__nv_bfloat162 a) { return {a.y, a.y}; }
+inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {float(a.x) + float(b.x), float(a.y) + float(b.y)};
+}
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {float(a.x) * float(b.x), float(a.y) * float(b.y)};
+}
 inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
   return {std::fma(float(a.x), float(b.x), float(c.x)),
           std::fma(float(a.y), float(b.y), float(c.y))};
