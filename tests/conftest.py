@@ -6,6 +6,17 @@ import pytest
 from helpers import devices
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", help="I/N: every Nth test only, from the Ith on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = map(int, config.getoption("--part").split("/"))
+    if not 1 <= part <= parts:
+        raise pytest.UsageError(f"--part {part}/{parts}: I/N needs I from 1 to N")
+    items[:] = items[part - 1 :: parts]
+
+
 @pytest.fixture(scope="session")
 def library() -> str:
     """Path of the built library. Fails, rather than skips, where it is missing."""

@@ -25,6 +25,8 @@ EXTRA_TOLERANCE = {
     # Gated DeltaNet: ONNX Runtime's LinearAttention and PyTorch's chunks round differently, and the
     # norm that follows amplifies it.
     "qwen35_moe": {"float32": 5e-5},
+    # Float32 sums in another order alone: 8.5e-6 to 1.2e-5, by the kernel.
+    "gemma4": {"float32": 2e-5},
 }
 # accuracy_level 4: int8 activations are allowed; stock differs by 0.06.
 LEVEL_4_TOLERANCE = 0.15

@@ -132,6 +132,9 @@ def test_memory_pattern_and_arena_off(device: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer takes memory of its own"
+)
 def test_memory_of_a_session_with_external_data(tmp_path: Path, device: str) -> None:
     """Raw weights are never held beside the packed ones: not on the host, not on the GPU.
 

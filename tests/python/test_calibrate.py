@@ -226,7 +226,12 @@ def test_wrong_data(tmp_path, options, text):
 def test_a_run_that_fails_says_so(tmp_path):
     path, _ = decoder(tmp_path / "m.onnx")
     with pytest.raises(RuntimeError, match=r"run 1 failed: .*indices element out of data bounds"):
-        qmoe_plugin.calibrate(path, tmp_path / "c.npz", data=[{"input_ids": [[VOCABULARY]]}])
+        qmoe_plugin.calibrate(
+            path,
+            tmp_path / "c.npz",
+            data=[{"input_ids": [[VOCABULARY]]}],
+            providers=["CPUExecutionProvider"],  # a GPU's Gather checks nothing
+        )
     assert not (tmp_path / "c.npz").exists()
 
 

@@ -108,7 +108,8 @@ def test_a_report_as_text_and_json():
     assert json.loads(json.dumps(report.to_dict()))["choices"][0]["kernel"] == "grouped_gemm_sm90"
 
 
-def test_it_asks_where_to_write(tmp_path):
+def test_it_asks_where_to_write(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "say where to write" in error_line(run("tune", tmp_path / "m.onnx"))
     assert "GPU" in error_line(run("tune", tmp_path / "m.onnx", "--dry-run"))
 
