@@ -194,7 +194,7 @@ PackedHeader PlanPack(const RowReader& reader, bool gated, Layout layout, ScaleP
   header.flags = (gated ? PackedHeader::kGated : 0u) |
                  (reader.has_zero_points() ? PackedHeader::kZeroOffsets : 0u) |
                  (reader.has_integer_zero_points() ? PackedHeader::kIntegerOffsets : 0u) |
-                 (reader.has_short_scales() ? PackedHeader::kShortScales : 0u) |
+                 (reader.has_short_factors() ? PackedHeader::kShortFactors : 0u) |
                  (reader.has_bias() ? PackedHeader::kBias : 0u) |
                  (reader.has_sum_scale() ? PackedHeader::kSumScale : 0u) |
                  (reader.codebook().empty() ? 0u : PackedHeader::kCodebook) |

@@ -55,7 +55,7 @@ struct PackedHeader {
     kPermutedK = 16,  // K is not as stored (g_idx): only of use to who packed them
     kCodebook = 32,
     kIntegerOffsets = 64,  // of zero offsets: none is a fraction
-    kShortScales = 128     // block scales are exact in bfloat16, too
+    kShortFactors = 128    // values and block scales are exact in bfloat16, too
   };
 
   char magic[8];

@@ -245,7 +245,12 @@ bool RowReader::has_integer_zero_points() const {
                       [](ZeroPoints kind) { return kind == ZeroPoints::kFloat; });
 }
 
-bool RowReader::has_short_scales() const {
+bool RowReader::has_short_factors() const {
+  if (!format().plain())
+    for (int code = 0; code < 1 << format().bits; ++code)
+      if (const float value = format().centered[code];  // of formats with NaN, none is in weights
+          value == value && BFloat16ToFloat(FloatToBFloat16(value)) != value)
+        return false;
   if (block_size() == 0) return true;
   return std::all_of(parts_.begin(), parts_.end(), [](const Projection& p) {
     if (const DType type = p.ScaleType(); type == DType::kFloat32 || type == DType::kFloat16)

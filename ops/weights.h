@@ -88,8 +88,8 @@ class RowReader {
   int64_t groups() const { return groups_; }
   bool has_zero_points() const;
   bool has_integer_zero_points() const;  // some, and none may be a fraction
-  /// Whether block scales have at most 8 significant bits, as bfloat16 has: by their type, values not read. True if there are none.
-  bool has_short_scales() const;
+  /// Whether bfloat16 holds the values of the codes and the block scales (by their type, none is read), so that it may multiply them.
+  bool has_short_factors() const;
   bool has_bias() const;
 
   /// For a permuted K: position in the activation row of each packed k, -1 for padding. Empty if K

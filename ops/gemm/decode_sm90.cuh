@@ -11,7 +11,7 @@ namespace qmoe_plugin::grouped_gemm_sm90 {
 
 /// Whether weights are scaled in 16 bits, with one rounding: values, integer offsets and scales are exact there.
 template <class F, Offsets kOffsets>
-constexpr bool kScalesShort = kOffsets != Offsets::kAny && !F::kCodebook;
+constexpr bool kFactorsShort = kOffsets != Offsets::kAny && !F::kCodebook;
 
 /// Formats that give scaled values give them to weights that are multiplied by their block scale anyway. Those are below 32
 /// (ops/pack_scales.h), so that there is room for a part of the factor; the sums get the rest.
@@ -61,7 +61,7 @@ struct StepCodes {
   __device__ void Decode(const Codebook<F>& codebook, uint32_t (&a)[kSteps][4]) const {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if constexpr (kScalesShort<F, kOffsets>) {
+      if constexpr (kFactorsShort<F, kOffsets>) {
         using T2 = T2Of<T>;
         T2 w[4], s = FromHalf2<T2>(scale[step]);
         if constexpr (TakesScaledValues<F, T, kOffsets>) {

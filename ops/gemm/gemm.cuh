@@ -49,7 +49,7 @@ struct CudaGemmArgs {
   const void* block_scales;  // null = per channel
   const void* zero_offsets;  // null = none
   bool integer_offsets;      // all of them are integers
-  bool short_scales;         // block scales are exact in bfloat16
+  bool short_factors;        // values of codes and block scales are exact in bfloat16
   const float* row_scales;
   const float* bias;      // null = none
   const float* codebook;  // [2^bits], formats with a codebook only

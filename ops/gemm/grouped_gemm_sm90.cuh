@@ -217,16 +217,16 @@ struct Gemm {
     return best;
   }
 
-  /// Whether block scales may have more bits than T.
+  /// Whether values or block scales may have more bits than T.
   template <class T>
   static constexpr bool kMayBeLong =
       std::is_same_v<T, __nv_bfloat16> && !F::kCodebook && F::kPlainType == DType::kUndefined;
 
   static Offsets OffsetsOf(const CudaGemmArgs& args) {
-    const bool short_scales = args.dtype == DType::kFloat16 || args.short_scales;
+    const bool short_factors = args.dtype == DType::kFloat16 || args.short_factors;
     if (args.zero_offsets == nullptr)
-      return short_scales || !kMayBeLong<__nv_bfloat16> ? Offsets::kNone : Offsets::kAny;
-    return short_scales && args.integer_offsets ? Offsets::kIntegers : Offsets::kAny;
+      return short_factors || !kMayBeLong<__nv_bfloat16> ? Offsets::kNone : Offsets::kAny;
+    return short_factors && args.integer_offsets ? Offsets::kIntegers : Offsets::kAny;
   }
 
   /// fn(kernel, its stage) for the combination. rows: of a tile, at most.

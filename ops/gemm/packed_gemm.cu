@@ -89,7 +89,7 @@ CudaGemmArgs PackedGemm::Args(const Choice& choice) const {
   args.block_scales = weights_.block_scales();
   args.zero_offsets = weights_.zero_offsets();
   args.integer_offsets = (header.flags & PackedHeader::kIntegerOffsets) != 0;
-  args.short_scales = (header.flags & PackedHeader::kShortScales) != 0;
+  args.short_factors = (header.flags & PackedHeader::kShortFactors) != 0;
   args.row_scales = weights_.row_scales();
   args.bias = weights_.bias();
   args.codebook = weights_.codebook();

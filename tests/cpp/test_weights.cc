@@ -76,24 +76,28 @@ void TestPlainRows() {
          "absent inputs");
 }
 
-/// By their type: bfloat16 holds what is bfloat16, e8m0 or e4m3, times a power of two.
-void TestShortScales() {
+/// Scales by their type: bfloat16 holds what is bfloat16, e8m0 or e4m3, times a power of two.
+void TestShortFactors() {
   Owned w(2, 3, 32, 16);
-  Expect(!RowReader(w.p).has_short_scales(), "float32 scales are long");
+  Expect(!RowReader(w.p).has_short_factors(), "float32 scales are long");
   const std::vector<uint16_t> bfloat16(12, 0x3f80);
   w.p.scales = View(bfloat16, DType::kBFloat16, {2, 3, 2});
-  Expect(RowReader(w.p).has_short_scales(), "bfloat16 scales are short");
+  Expect(RowReader(w.p).has_short_factors(), "bfloat16 scales are short");
+  Format fine = GetFormat("int4");
+  fine.centered[5] = 0.1f;
+  w.p.format = &fine;
+  Expect(!RowReader(w.p).has_short_factors(), "0.1 has more bits");
   Owned channel(2, 3, 32, 0);
-  Expect(RowReader(channel.p).has_short_scales(), "there are no block scales to be long");
+  Expect(RowReader(channel.p).has_short_factors(), "there are no block scales to be long");
   Owned fp4(2, 3, 32, 32);
   const std::vector<uint8_t> e8m0(6, 127);
   fp4.p.format = &GetFormat("mxfp4");
   fp4.p.scales = View(e8m0, DType::kFloat8E8M0, {2, 3, 1});
   std::vector<float> global = {0.5f, 4.0f};
   fp4.p.global_scale = View(global, DType::kFloat32, {2});
-  Expect(RowReader(fp4.p).has_short_scales(), "times powers of two");
+  Expect(RowReader(fp4.p).has_short_factors(), "times powers of two");
   global[1] = 3;
-  Expect(!RowReader(fp4.p).has_short_scales(), "times 3");
+  Expect(!RowReader(fp4.p).has_short_factors(), "times 3");
 }
 
 void TestRowOrders() {
@@ -202,7 +206,7 @@ void TestPackedScales() {
 
 int main() {
   TestPlainRows();
-  TestShortScales();
+  TestShortFactors();
   TestRowOrders();
   TestZeroPoints();
   TestGroupIndex();
