@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 from helpers import devices
 
 
+def _part(text: str) -> slice:
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"{text}: I/N needs I from 1 to N")
+    return slice(part - 1, None, parts)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", default="1/1", help="I/N: every Nth test only, from the Ith on")
+    parser.addoption(
+        "--part", type=_part, default="1/1", help="I/N: every Nth test only, from the Ith on"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    part, parts = map(int, config.getoption("--part").split("/"))
-    if not 1 <= part <= parts:
-        raise pytest.UsageError(f"--part {part}/{parts}: I/N needs I from 1 to N")
-    items[:] = items[part - 1 :: parts]
+    items[:] = items[config.getoption("--part")]
 
 
 @pytest.fixture(scope="session")

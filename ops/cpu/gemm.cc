@@ -223,10 +223,8 @@ void RegisterCpuKernels() {
             RefuseRounding<3>, "accuracy_level 3 or 4, activations rounded to bfloat16"});
   Register({"gemm_avx512_vnni", &kCpuAvx512, SelectStoring<Avx512VnniGemm>, 40, VnniAvailable,
             RefuseRounding<4>, kInt8});
-  // Not yet run on a processor that has nothing better: tests/cpp/emulated.
   Register({"gemm_avxvnni", &kCpuAvx2, SelectStoring<AvxVnniGemm>, 35, AvxVnniAvailable,
-            RefuseRounding<4>,
-            "accuracy_level 4, activations rounded to int8; so far run in emulation only"});
+            RefuseRounding<4>, kInt8});
   Register({"gemm_amx", &kCpuAvx512, SelectStoring<AmxGemm>, 22, AmxAvailable, RefuseNarrow,
             "activations in three bfloat16 parts, float32 sums"});
   Register({"gemm_amx_bf16", &kCpuAvx512, SelectStoring<AmxBf16Gemm>, 50, AmxAvailable,

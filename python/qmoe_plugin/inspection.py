@@ -15,14 +15,13 @@ import onnx_ir as ir
 from qmoe_plugin.bandwidth import Bandwidth, bandwidth
 from qmoe_plugin.devices import Target, target
 from qmoe_plugin.graph.apply import load
-from qmoe_plugin.graph.describe import STOCK_DOMAIN, Description, UnsupportedError, describe
+from qmoe_plugin.graph.describe import Description, UnsupportedError, describe, is_ours
 from qmoe_plugin.graph.inputs import integer
 from qmoe_plugin.graph.layouts import NAMES
 from qmoe_plugin.graph.packed import LAYOUT_ATTRIBUTE
 from qmoe_plugin.graph.schema import OPS
 from qmoe_plugin.graph.walk import Body, bodies, external_tensors, label
 from qmoe_plugin.kernels import ask
-from qmoe_plugin.library import DOMAIN
 from qmoe_plugin.report import KernelChoice
 
 _EXPERT_OPS = ("QMoE", "MoE")
@@ -171,7 +170,7 @@ class _Inspector:
             self._node(node, body)
             for body in bodies(model)
             for node in body.nodes()
-            if node.domain in (STOCK_DOMAIN, DOMAIN) and node.op_type in OPS
+            if is_ours(node)
         ]
         for body in bodies(model):
             for tensor, name_of in _constants(body):

@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from qmoe_plugin.bound import bind_on_device
 from qmoe_plugin.devices import Target
-from qmoe_plugin.graph.describe import STOCK_DOMAIN
+from qmoe_plugin.graph.describe import is_ours
 from qmoe_plugin.graph.walk import label
-from qmoe_plugin.library import DOMAIN, OPS, runtime
+from qmoe_plugin.library import runtime
 from qmoe_plugin.ort_values import Array
 from qmoe_plugin.report import logger
 from qmoe_plugin.taps import (
@@ -45,11 +45,7 @@ _BATCH_S = 2e-3
 
 def nodes_of_our_ops(source: Source) -> dict[str, ir.Node]:
     """Those of a model's graph, in either domain, by the name of their first output."""
-    return {
-        node.outputs[0].name or "": node
-        for node in source.graph().graph
-        if node.domain in (DOMAIN, STOCK_DOMAIN) and node.op_type in OPS
-    }
+    return {node.outputs[0].name or "": node for node in source.graph().graph if is_ours(node)}
 
 
 def values_around(source: Source, where: Target, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -13,10 +13,9 @@ import onnx_ir as ir
 
 from qmoe_plugin.devices import CPU, Target, best_target
 from qmoe_plugin.errors import Error, compare
-from qmoe_plugin.graph.describe import STOCK_DOMAIN
+from qmoe_plugin.graph.describe import is_ours
 from qmoe_plugin.graph.retarget import Retarget
 from qmoe_plugin.graph.walk import bodies, label
-from qmoe_plugin.library import DOMAIN, OPS
 from qmoe_plugin.ort_values import Array
 from qmoe_plugin.report import logger
 from qmoe_plugin.sample_inputs import Wanted, known_dims, sample_inputs
@@ -198,7 +197,7 @@ def _ours(model: ir.Model) -> dict[str, ir.Node]:
         node.outputs[0].name or "": node
         for body in bodies(model)
         for node in body.nodes()
-        if node.domain in (DOMAIN, STOCK_DOMAIN) and node.op_type in OPS
+        if is_ours(node)
     }
 
 
@@ -222,7 +221,7 @@ def _pairs(first: ir.Model, second: ir.Model) -> dict[str, tuple[ir.Node, ir.Nod
 
 
 def _is_product(node: ir.Node) -> bool:
-    ours = node.domain in (DOMAIN, STOCK_DOMAIN) and node.op_type in OPS
+    ours = is_ours(node)
     return ours or (node.domain == "" and node.op_type in _FLOAT_PRODUCTS)
 
 

@@ -183,19 +183,21 @@ void TestFloatCodes(float factor, const Scaled& scaled_at) {
   });
 }
 
+template <class F>
+void TestE2M1() {
+  TestFloatCodes<F>(0x1p14f, [](const uint32_t* words, int place) {
+    return Half(F::ScaledHalf2(words[0], place / 2), place % 2);
+  });
+  TestFloatCodes<F>(0x1p126f, [](const uint32_t* words, int place) {
+    return BFloat16ToFloat(uint16_t(F::ScaledBFloat162(words[0], place / 2) >> (16 * (place % 2))));
+  });
+}
+
 void TestFloats() {
-  const auto half = [](uint32_t pair, int second) { return Half(pair, second); };
-  const auto bfloat16 = [](uint32_t pair, int second) {
-    return BFloat16ToFloat(uint16_t(pair >> (16 * second)));
-  };
-  TestFloatCodes<formats::mxfp4>(0x1p14f, [&](const uint32_t* words, int place) {
-    return half(formats::mxfp4::ScaledHalf2(words[0], place / 2), place % 2);
-  });
-  TestFloatCodes<formats::nvfp4>(0x1p126f, [&](const uint32_t* words, int place) {
-    return bfloat16(formats::nvfp4::ScaledBFloat162(words[0], place / 2), place % 2);
-  });
-  TestFloatCodes<formats::fp8_e4m3>(0x1p8f, [&](const uint32_t* words, int place) {
-    return half(formats::fp8_e4m3::ScaledHalf2(words, place / 2), place % 2);
+  TestE2M1<formats::mxfp4>();
+  TestE2M1<formats::nvfp4>();
+  TestFloatCodes<formats::fp8_e4m3>(0x1p8f, [](const uint32_t* words, int place) {
+    return Half(formats::fp8_e4m3::ScaledHalf2(words, place / 2), place % 2);
   });
   // The tables by hand: what the codes mean.
   const float e2m1_values[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};

@@ -55,6 +55,11 @@ class Description:
         )
 
 
+def is_ours(node: ir.Node) -> bool:
+    """Whether it is of one of our ops, in our domain or in com.microsoft."""
+    return node.domain in (DOMAIN, STOCK_DOMAIN) and node.op_type in OPS
+
+
 def describe(node: ir.Node) -> Description:
     """Describes a node of one of our ops.
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qmoe_plugin.graph.apply import load
-from qmoe_plugin.graph.describe import STOCK_DOMAIN
+from qmoe_plugin.graph.describe import is_ours
 from qmoe_plugin.graph.walk import bodies, external_tensors, label
 from qmoe_plugin.kernels import Explanation, explain
-from qmoe_plugin.library import DOMAIN, OPS
+from qmoe_plugin.library import OPS
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def explain_model(
         _answer(node, sm, tokens)
         for body in bodies(model)
         for node in body.nodes()
-        if node.domain in (STOCK_DOMAIN, DOMAIN) and node.op_type in OPS
+        if is_ours(node)
         if name is None or label(node) == name
     ]
     if not answers:
