@@ -54,6 +54,11 @@ if(QMOE_PLUGIN_WITH_CUDA)
     list(APPEND archs "${ptx}+PTX")
   endif()
   string(REPLACE ";" " " QMOE_PLUGIN_CUDA_ARCHS_TEXT "${archs}")
+  # Kernels, one a format, resemble each other: compressed they are an eighth in size. The driver expands each at its
+  # first use.
+  include(CheckCompilerFlag)
+  check_compiler_flag(CUDA --compress-mode=size QMOE_PLUGIN_NVCC_COMPRESSES)
+  set(QMOE_PLUGIN_CUDA_COMPRESSION $<IF:$<BOOL:${QMOE_PLUGIN_NVCC_COMPRESSES}>,--compress-mode=size,-Xfatbin=-compress-all>)
   find_package(CUDAToolkit REQUIRED)
   message(STATUS "qmoe_plugin: CUDA ${nvcc_version}, architectures ${QMOE_PLUGIN_CUDA_ARCHS_TEXT}")
 else()
@@ -63,7 +68,7 @@ endif()
 # Flags of our CUDA files.
 function(qmoe_cuda_properties target)
   target_compile_options(${target} PRIVATE
-    "$<$<COMPILE_LANGUAGE:CUDA>:${QMOE_PLUGIN_CUDA_GENCODE};--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra,-Werror;--threads=0>")
+    "$<$<COMPILE_LANGUAGE:CUDA>:${QMOE_PLUGIN_CUDA_GENCODE};${QMOE_PLUGIN_CUDA_COMPRESSION};--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra,-Werror;--threads=0>")
   set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
   target_compile_definitions(${target} PUBLIC QMOE_PLUGIN_WITH_CUDA)
   target_link_libraries(${target} PUBLIC CUDA::cudart_static)
