@@ -84,16 +84,15 @@ class Bench:
             name = "ours" if domain == qmoe_plugin.DOMAIN else "stock"
             with environment(STOCK_SWITCH, "fp32" if case.stock_exact else None):
                 sessions[name], loads[name] = best_load(path, name == "ours")
-        kernel = our_kernel(case, level)
         cells = []
         for tokens in self.args.tokens:
+            kernel = our_kernel(case, level, tokens)
             cell = self.measure(case, weights, sessions, tokens, kernel)
-            print(self.line(case, level, cell, kernel), flush=True)
+            print(self.line(case, level, cell), flush=True)
             cells.append(cell)
         return {
             **case.described(),
             "accuracy_level": level,
-            "kernel": kernel,
             "load": loads,
             "cells": cells,
         }
@@ -114,7 +113,11 @@ class Bench:
         expected = exact(case, weights, feeds[0])
         experts = experts_read(case, feeds)
         floor, bound = floor_ms(case, tokens, experts, kernel, self.rates)
-        cell: dict[str, Any] = {"tokens": tokens, **dict(zip(sessions, found, strict=True))}
+        cell: dict[str, Any] = {
+            "tokens": tokens,
+            "kernel": kernel,
+            **dict(zip(sessions, found, strict=True)),
+        }
         ours = cell["ours"]["median_ms"]
         for name, session in sessions.items():
             cell[f"{name}_error"] = error(session.run(None, feeds[0])[0], expected)
@@ -130,12 +133,13 @@ class Bench:
             "of_floor": round(floor / ours, 3),
         }
 
-    def line(self, case: Case, level: int, cell: dict[str, Any], kernel: str) -> str:
+    def line(self, case: Case, level: int, cell: dict[str, Any]) -> str:
         stock = cell.get("stock", {}).get("median_ms", float("nan"))
         return (
             f"{case.name:38} {level:5} {cell['tokens']:6} {cell['ours']['median_ms']:10.3f} "
             f"{stock:10.3f} {cell.get('speedup', float('nan')):8.2f} {cell['of_floor']:8.0%} "
-            f"{cell['ours_error']:10.1e} {cell.get('stock_error', float('nan')):10.1e}  {kernel}"
+            f"{cell['ours_error']:10.1e} {cell.get('stock_error', float('nan')):10.1e}  "
+            f"{cell['kernel']}"
         )
 
 

@@ -73,14 +73,17 @@ def measure_rates(threads: int, cpu_time: bool) -> dict[str, float]:
     return rates
 
 
-def our_kernel(case: Case, level: int) -> str:
-    """The kernel that runs a case's matrix products."""
+def our_kernel(case: Case, level: int, tokens: int) -> str:
+    """The kernel that runs a case's matrix products for so many tokens."""
     name, (n, k) = list(case.projections.items())[-1]
     problem = Problem(
         stage="fc2" if name == "fc2" else "dense",
         format=case.format,
         n=n,
         k=k,
+        rows=tokens * max(case.topk, 1),
+        topk=max(case.topk, 1),
+        experts=max(case.experts, 1),
         block_size=case.block_size,
         accuracy_level=level,
     )

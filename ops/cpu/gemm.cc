@@ -127,13 +127,22 @@ std::string RefuseNarrow(const GemmProblem& problem) {
   return Refuse(problem);
 }
 
-/// RefuseNarrow, and what asks for more exact sums.
-template <AccuracyLevel kLevel>
+/// RefuseNarrow, and too few rows to fill tiles; 0 are any number.
+std::string RefuseFew(const GemmProblem& problem) {
+  const int64_t fewest = FewestTileRows(problem.accuracy_level);
+  if (problem.rows > 0 && problem.rows < fewest * problem.experts)
+    return Concat("is for ", fewest, " rows an expert and more, on average, not ", problem.rows,
+                  problem.experts == 1 ? "" : Concat(" for ", problem.experts, " experts"));
+  return RefuseNarrow(problem);
+}
+
+/// What asks for more exact sums, and what kNext refuses.
+template <AccuracyLevel kLevel, std::string (*kNext)(const GemmProblem&) = RefuseNarrow>
 std::string RefuseRounding(const GemmProblem& problem) {
   if (problem.accuracy_level < kLevel)
     return Concat("rounds activations, which only accuracy_level ", kLevel,
                   kLevel < 4 ? " or more" : "", " allows, not ", problem.accuracy_level);
-  return RefuseNarrow(problem);
+  return kNext(problem);
 }
 
 Codes CodesOf(const Format& format) {
@@ -225,10 +234,11 @@ void RegisterCpuKernels() {
             RefuseRounding<4>, kInt8});
   Register({"gemm_avxvnni", &kCpuAvx2, SelectStoring<AvxVnniGemm>, 35, AvxVnniAvailable,
             RefuseRounding<4>, kInt8});
-  Register({"gemm_amx", &kCpuAvx512, SelectStoring<AmxGemm>, 22, AmxAvailable, RefuseNarrow,
-            "activations in three bfloat16 parts, float32 sums"});
+  Register({"gemm_amx", &kCpuAvx512, SelectStoring<AmxGemm>, 22, AmxAvailable, RefuseFew,
+            "activations in three bfloat16 parts, float32 sums; many rows"});
   Register({"gemm_amx_bf16", &kCpuAvx512, SelectStoring<AmxBf16Gemm>, 50, AmxAvailable,
-            RefuseRounding<3>, "accuracy_level 3 or 4, activations rounded to bfloat16"});
+            RefuseRounding<3, RefuseFew>,
+            "accuracy_level 3 or 4, activations and weights rounded to bfloat16; many rows"});
 #elif defined(__aarch64__)
   Register({"gemm_neon", &kCpuNeon, SelectExact, 10, NeonAvailable, Refuse, kExact});
   Register({"gemm_neon_dotprod", &kCpuNeon, SelectStoring<NeonDotprodGemm>, 20, DotprodAvailable,

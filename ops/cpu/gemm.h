@@ -15,12 +15,14 @@
 //   gemm_avxvnni.<format>       accuracy_level 4: AVX-VNNI, activations rounded to int8
 //   gemm_avx512_vnni.<format>   accuracy_level 4: AVX512_VNNI, activations rounded to int8
 //   gemm_amx.<format>           any level: AMX-BF16, activations cut into three bfloat16 parts
-//   gemm_amx_bf16.<format>      accuracy_level 3 and 4: AMX-BF16, rounded as gemm_avx512_bf16 does
+//   gemm_amx_bf16.<format>      accuracy_level 3 and 4: AMX-BF16, activations and weights (times
+//                               their scales) rounded to bfloat16, sums in float32
 //   gemm_neon_dotprod.<format>  accuracy_level 4: AArch64's SDOT, activations rounded to int8
 //   gemm_neon_i8mm.<format>     accuracy_level 4: AArch64's SMMLA, activations rounded to int8
 //
-// These are there for the formats that they are faster with (gemm_amx: whose values are bfloat16
-// numbers); ops/cpu/gemm_blocks.inc says what they compute. Of the kernels that the node's
+// These are there for the formats that they are faster with (AMX: whose values are bfloat16
+// numbers); ops/cpu/gemm_blocks.inc says what they compute. AMX is for many rows: with fewer than
+// FewestTileRows an expert, the best of the other kernels runs. Of the kernels that the node's
 // accuracy_level and the processor allow, the one with the highest priority runs; environment
 // variable QMOE_PLUGIN_CPU_ISA = reference | avx2 | avxvnni | avx512 | amx (on AArch64: reference |
 // neon | neon_dotprod | neon_i8mm) forbids the instruction sets above.
@@ -29,7 +31,8 @@
 // of a stretch of k in order (a block, or 128 k of a longer one), starting from zero, and then the
 // stretches in order, each times its scale. So a token's result depends neither on the tokens it is
 // computed with nor on the machine's cores (nor, as they do the same operations, on whether it has
-// AVX-512, AVX2 or NEON; tiles have an order of their own).
+// AVX-512, AVX2 or NEON; tiles have an order of their own, so where there is AMX, it depends on
+// whether there are few rows or many).
 //
 // Rule for the gemm_<isa>.cc files, which are compiled with that ISA's flags: they must not define
 // anything that another object may define too. An inline function or template of a shared header
@@ -39,6 +42,7 @@
 
 #include <cstdint>
 
+#include "ops/cpu/row_tiles.h"
 #include "ops/problem.h"
 
 namespace qmoe_plugin {
@@ -57,7 +61,8 @@ struct GemmArgs {
   int64_t block_size;  // 0 = per channel
   const float* table;  // [256] centered value of a code, repeated for codes under 8 bits; not read
                        // for Codes other than kTable
-  // Activations, zero from k to k_padded, as GemmKernel::store writes them.
+  // Activations, zero from k to k_padded, as GemmKernel::store writes them. If they are in tiles,
+  // these are the tiles of just these rows, and row_bytes and row_index are not read.
   const void* x;
   int64_t row_bytes;         // from a row to the next
   const int32_t* row_index;  // [rows], row r is x[row_index[r]]; null = row r
@@ -85,11 +90,16 @@ struct GemmKernel {
   /// Bytes that 32 values of a row take.
   int64_t bytes_of_32;
   /// Writes values [first, first + count) of a row, both multiples of 32. Null: rows are float32.
-  void (*store)(const float* x, int64_t first, int64_t count, void* row);
-  /// A row by itself has other bits than among others, as exact as these.
-  bool single_differs = false;
+  void (*store)(const float* x, int64_t first, int64_t count, const cpu::StoredRow& row);
+  /// Rows lie in tiles (ops/cpu/row_tiles.h), of which 32 k take tile_bytes_of_32 besides their rows.
+  bool in_tiles = false;
+  int64_t tile_bytes_of_32 = 0;
 };
 inline constexpr int64_t kFloatsOf32 = 32 * sizeof(float);
+
+/// Rows an expert, on average, from which on tiles are faster than vectors: those of float32, or at
+/// level 4 of int8.
+constexpr int64_t FewestTileRows(AccuracyLevel level) { return level >= 4 ? 16 : 8; }
 
 /// The functions of one instruction set. Each gemm_<isa>.cc defines one of these.
 struct CpuIsa {

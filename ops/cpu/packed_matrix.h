@@ -25,13 +25,67 @@ inline constexpr int64_t kTaskColumns = kTaskPanels * kPanelRows;
 /// compete for the same few lines of the first-level cache.
 constexpr bool FitsCache(int64_t row_bytes) { return row_bytes % 2048 != 0; }
 
+class PackedMatrix;
+
+/// How a matrix is multiplied: by one kernel, and what that reads rows of activations as.
+///
+/// Rows that kernels read one by one lie row_bytes() apart; tasks may take any of them, by an index.
+/// Those that it reads in tiles lie as row_tiles.h says, for just the rows of a task.
+class MatrixProduct {
+ public:
+  MatrixProduct(const PackedMatrix& matrix, const CpuGemm& gemm, int64_t block_size)
+      : matrix_(matrix), gemm_(gemm), kernel_(gemm.For(block_size)) {}
+
+  const CpuGemm& gemm() const { return gemm_; }
+  const CpuIsa& isa() const { return *gemm_.isa; }
+  /// Whether rows of activations are float32, k_padded() of them; else they are what StoreRow makes.
+  bool TakesFloats() const { return kernel_.store == nullptr; }
+  bool InTiles() const { return kernel_.in_tiles; }
+
+  /// Bytes from a row to the next, where they do not lie in tiles: a multiple of 64.
+  int64_t row_bytes() const;
+  /// Bytes of `rows` rows that a task multiplies; never less than those of fewer.
+  int64_t StoredBytes(int64_t rows) const;
+  /// Enough for `rows` rows in up to so many blocks, each of up to kTaskRows that a task multiplies.
+  int64_t BytesOfBlocks(int64_t rows, int64_t blocks) const;
+  /// Row `row` of `rows`, at least 1, that a task multiplies, from `x` on.
+  StoredRow RowAt(void* x, int64_t rows, int64_t row) const;
+  /// Stores values [first, first + count) of a row, and zeros up to a multiple of 32, which `first`
+  /// is.
+  void StoreRow(const float* x, int64_t first, int64_t count, const StoredRow& row) const;
+  /// Stores the zeros behind a row's last value, number `count` - 1.
+  void EndRow(int64_t count, const StoredRow& row) const;
+
+  /// Rows of a task.
+  struct Rows {
+    const void* x;         // by StoreRow; or floats, if it TakesFloats(), zero from k to k_padded()
+    int64_t row_bytes;     // row_bytes(), or any that FitsCache; not read if InTiles()
+    const int32_t* index;  // [count], row i is x[index[i]]; null = row i, and if InTiles()
+    int64_t count;
+  };
+  /// y[rows, ldy] = columns [task * kTaskColumns, ...) of the expert's y. Returns their number,
+  /// a multiple of 16.
+  int64_t Multiply(int64_t expert, int64_t task, const Rows& rows, float* y, int64_t ldy) const;
+
+ private:
+  TileSize tile_size() const;
+
+  const PackedMatrix& matrix_;
+  const CpuGemm& gemm_;
+  const GemmKernel& kernel_;  // of gemm_, for the matrix's blocks
+};
+
 /// The weights of all experts of one projection.
 class PackedMatrix {
  public:
-  /// Selects the kernel for the problem and packs, if need be. Throws Error.
+  /// Selects the kernels for the problem, for few rows and for many, and packs, if need be. Throws
+  /// Error.
   PackedMatrix(const PackSource& source, const GemmProblem& problem);
+  PackedMatrix(const PackedMatrix&) = delete;
+  PackedMatrix& operator=(const PackedMatrix&) = delete;
 
-  const CpuIsa& isa() const { return *kernel_->isa; }
+  const PackedWeights& weights() const { return weights_; }
+  const float* table() const { return table_; }  // GemmArgs::table
   const PackedHeader& header() const { return weights_.header; }
   int64_t k_padded() const { return weights_.shape.k_padded; }
   int64_t panels() const { return weights_.shape.row_tiles; }
@@ -40,31 +94,14 @@ class PackedMatrix {
   /// Runs of kTaskPanels panels, the last one perhaps shorter.
   int64_t tasks() const { return (panels() + kTaskPanels - 1) / kTaskPanels; }
 
-  /// Whether rows of activations are float32, k_padded() of them; else they are what StoreRow makes.
-  bool TakesFloats() const { return gemm_.store == nullptr; }
-  /// Bytes from a row to the next, where rows are stored for this matrix: a multiple of 64.
-  int64_t row_bytes() const;
-  /// Stores values [first, first + count) of a row, and zeros up to a multiple of 32, which `first`
-  /// is.
-  void StoreRow(const float* x, int64_t first, int64_t count, void* row) const;
-  /// Stores the zeros behind a row's last value, number `count` - 1.
-  void EndRow(int64_t count, void* row) const;
-
-  /// y[rows, ldy] = columns [task * kTaskColumns, ...) of the expert's y. Returns their number,
-  /// a multiple of 16.
-  struct Rows {
-    const void* x;         // by StoreRow; or floats, if it TakesFloats(), zero from k to k_padded()
-    int64_t row_bytes;     // row_bytes(), or any that FitsCache
-    const int32_t* index;  // [count], row i is x[index[i]]; null = row i
-    int64_t count;
-  };
-  int64_t Multiply(int64_t expert, int64_t task, const Rows& rows, float* y, int64_t ldy) const;
+  /// How so many rows, of all experts together, are multiplied.
+  const MatrixProduct& For(int64_t rows) const { return rows < many_rows_ ? few_ : many_; }
 
  private:
-  const CpuGemm* kernel_;
-  GemmKernel gemm_;
-  PackedWeights weights_;
-  float table_[256];  // GemmArgs::table
+  const int64_t many_rows_;
+  const MatrixProduct few_, many_;
+  const PackedWeights weights_;
+  float table_[256];
 };
 
 /// Hands out pieces of a workspace, or only counts them when `base` is null.

@@ -23,8 +23,10 @@ namespace {
 using cpu::Arena;
 using cpu::kTaskColumns;
 using cpu::kTaskRows;
+using cpu::MatrixProduct;
 using cpu::PackedMatrix;
 using cpu::PartStart;
+using cpu::StoredRow;
 
 /// Routes (tokens * topk) of a chunk: enough rows an expert to amortise reading its weights.
 constexpr int64_t kChunkRoutes = 4096;
@@ -34,9 +36,10 @@ static_assert(kTaskColumns / 2 % 32 == 0 && kMxBlock == 32 && cpu::kPiece % 32 =
 constexpr int64_t kRouteTokens = 8;
 constexpr int64_t kCombineColumns = 512;
 
-/// Some rows of one expert: the unit of work along M.
+/// Some rows of one expert: the unit of work along M. Their activations start at these bytes.
 struct RowBlock {
   int32_t expert, first, count;
+  int64_t x_at, h_at;
 };
 
 /// The workspace of a chunk of T tokens, R = T * topk routes; a row is a route, sorted by expert.
@@ -50,7 +53,7 @@ struct Scratch {
   int32_t* starts;      // [E] its first row
   int32_t* order;       // [E] experts, most rows first
   RowBlock* blocks;     // [R / kTaskRows + E]
-  uint8_t* expert_x;    // [R] rows for fc1, quantised for the row's expert, where experts differ
+  uint8_t* expert_x;    // [R] rows for fc1 by expert, where rows are not read by an index
   uint8_t* h;           // [R] rows for fc2: activated fc1
   float* y;             // [R, fc2 columns]
 };
@@ -75,12 +78,11 @@ class CpuQMoe : public QMoe {
   CpuQMoe(const MoeConfig& config, const PackSource& fc1, const PackSource& fc2)
       : config_(config),
         fc1_(fc1, Problem(config, fc1, GemmStage::kFc1)),
-        fc2_(fc2, Problem(config, fc2, GemmStage::kFc2)),
-        quantize_by_expert_(DifferByExpert(config.fc1_act_scales)) {}
+        fc2_(fc2, Problem(config, fc2, GemmStage::kFc2)) {}
 
   size_t WorkspaceBytes(int64_t tokens) const override {
     Arena arena(nullptr);
-    TakeScratch(arena, std::min(tokens, ChunkTokens()));
+    TakeScratch(ProductsFor(tokens), arena, std::min(tokens, ChunkTokens()));
     return arena.used();
   }
 
@@ -88,17 +90,32 @@ class CpuQMoe : public QMoe {
 
   void Run(const MoeTensors& tensors, const ExecutionContext& context) const override {
     Arena arena(context.workspace);
-    const Scratch scratch = TakeScratch(arena, std::min(tensors.tokens, ChunkTokens()));
+    const Products products = ProductsFor(tensors.tokens);
+    const Scratch scratch = TakeScratch(products, arena, std::min(tensors.tokens, ChunkTokens()));
     for (int64_t first = 0; first < tensors.tokens; first += ChunkTokens())
-      RunChunk(Slice(tensors, first), scratch, context);
+      RunChunk(products, Slice(tensors, first), scratch, context);
   }
 
  private:
+  /// How a run multiplies.
+  struct Products {
+    const MatrixProduct &fc1, &fc2;
+    bool x_by_expert;  // rows of fc1 are stored by expert, not by token
+  };
+
   int64_t ChunkTokens() const { return std::max<int64_t>(1, kChunkRoutes / config_.topk); }
 
-  Scratch TakeScratch(Arena& arena, int64_t tokens) const {
+  Products ProductsFor(int64_t tokens) const {
+    const MatrixProduct& fc1 = fc1_.For(tokens * config_.topk);
+    return {fc1, fc2_.For(tokens * config_.topk),
+            fc1.InTiles() || DifferByExpert(config_.fc1_act_scales)};
+  }
+
+  Scratch TakeScratch(const Products& products, Arena& arena, int64_t tokens) const {
     const int64_t routes = tokens * config_.topk, experts = config_.experts;
-    return {.x = arena.Take<uint8_t>(quantize_by_expert_ ? 0 : tokens * fc1_.row_bytes()),
+    const int64_t blocks = routes / kTaskRows + experts;
+    const auto [fc1, fc2, x_by_expert] = products;
+    return {.x = arena.Take<uint8_t>(x_by_expert ? 0 : tokens * fc1.row_bytes()),
             .expert_ids = arena.Take<int32_t>(routes),
             .factors = arena.Take<float>(routes),
             .row_of = arena.Take<int32_t>(routes),
@@ -106,9 +123,9 @@ class CpuQMoe : public QMoe {
             .counts = arena.Take<int32_t>(experts),
             .starts = arena.Take<int32_t>(experts),
             .order = arena.Take<int32_t>(experts),
-            .blocks = arena.Take<RowBlock>(routes / kTaskRows + experts),
-            .expert_x = arena.Take<uint8_t>(quantize_by_expert_ ? routes * fc1_.row_bytes() : 0),
-            .h = arena.Take<uint8_t>(routes * fc2_.row_bytes()),
+            .blocks = arena.Take<RowBlock>(blocks),
+            .expert_x = arena.Take<uint8_t>(x_by_expert ? fc1.BytesOfBlocks(routes, blocks) : 0),
+            .h = arena.Take<uint8_t>(fc2.BytesOfBlocks(routes, blocks)),
             .y = arena.Take<float>(routes * fc2_.columns())};
   }
 
@@ -127,26 +144,28 @@ class CpuQMoe : public QMoe {
   }
 
   /// The output may be the input: it is written by the last step only, and to this chunk's rows.
-  void RunChunk(const MoeTensors& chunk, const Scratch& scratch,
+  void RunChunk(const Products& products, const MoeTensors& chunk, const Scratch& scratch,
                 const ExecutionContext& context) const {
     const int64_t token_blocks = (chunk.tokens + kRouteTokens - 1) / kRouteTokens;
     cpu::RunTasks(context, token_blocks, [&](size_t i) {
       const int64_t last = std::min(chunk.tokens, int64_t(i + 1) * kRouteTokens);
-      for (int64_t t = int64_t(i) * kRouteTokens; t < last; ++t) LoadToken(chunk, t, scratch);
+      for (int64_t t = int64_t(i) * kRouteTokens; t < last; ++t)
+        LoadToken(products, chunk, t, scratch);
     });
-    const int64_t blocks = SortByExpert(chunk.tokens, scratch);
-    if (quantize_by_expert_)
-      cpu::RunTasks(context, blocks,
-                    [&](size_t i) { StoreByExpert(chunk, scratch, scratch.blocks[i]); });
+    const int64_t blocks = SortByExpert(products, chunk.tokens, scratch);
+    if (products.x_by_expert)
+      cpu::RunTasks(context, blocks, [&](size_t i) {
+        StoreByExpert(products.fc1, chunk, scratch, scratch.blocks[i]);
+      });
     cpu::RunTasks(context, blocks * fc1_.tasks(), [&](size_t i) {
-      Fc1(scratch, scratch.blocks[int64_t(i) / fc1_.tasks()], int64_t(i) % fc1_.tasks());
+      Fc1(products, scratch, scratch.blocks[int64_t(i) / fc1_.tasks()], int64_t(i) % fc1_.tasks());
     });
     cpu::RunTasks(context, blocks * fc2_.tasks(), [&](size_t i) {
       const RowBlock& block = scratch.blocks[int64_t(i) / fc2_.tasks()];
       const int64_t task = int64_t(i) % fc2_.tasks();
-      fc2_.Multiply(
+      products.fc2.Multiply(
           block.expert, task,
-          {scratch.h + block.first * fc2_.row_bytes(), fc2_.row_bytes(), nullptr, block.count},
+          {scratch.h + block.h_at, products.fc2.row_bytes(), nullptr, block.count},
           scratch.y + block.first * fc2_.columns() + task * kTaskColumns, fc2_.columns());
     });
     cpu::RunTasks(context, chunk.tokens,
@@ -154,8 +173,9 @@ class CpuQMoe : public QMoe {
   }
 
   /// Routes a token and stores its activations.
-  void LoadToken(const MoeTensors& chunk, int64_t token, const Scratch& scratch) const {
-    const CpuIsa& isa = fc1_.isa();
+  void LoadToken(const Products& products, const MoeTensors& chunk, int64_t token,
+                 const Scratch& scratch) const {
+    const CpuIsa& isa = products.fc1.isa();
     const int64_t experts = config_.experts;
     const auto load_row = [&](const void* data, DType dtype, int64_t columns, float* out) {
       isa.to_float(cpu::Advance(data, token * columns * int64_t(SizeOf(dtype))), dtype, columns,
@@ -168,33 +188,36 @@ class CpuQMoe : public QMoe {
     cpu::RouteToken(config_, logits, chunk.router_weights ? weights : nullptr,
                     scratch.expert_ids + token * config_.topk,
                     scratch.factors + token * config_.topk);
-    if (!quantize_by_expert_) StoreToken(chunk, token, 0, scratch.x + token * fc1_.row_bytes());
+    if (!products.x_by_expert)
+      StoreToken(products.fc1, chunk, token, 0, products.fc1.RowAt(scratch.x, chunk.tokens, token));
   }
 
   /// A row of fc1 from a token, quantised with the expert's scale if activations are.
-  void StoreToken(const MoeTensors& chunk, int64_t token, int64_t expert, void* row) const {
+  void StoreToken(const MatrixProduct& fc1, const MoeTensors& chunk, int64_t token, int64_t expert,
+                  const StoredRow& row) const {
     float piece[cpu::kPiece];
     for (int64_t first = 0; first < config_.hidden_size; first += cpu::kPiece) {
       const int64_t count = std::min(cpu::kPiece, config_.hidden_size - first);
       const int64_t at = token * config_.hidden_size + first;
-      fc1_.isa().to_float(cpu::Advance(chunk.input, at * int64_t(SizeOf(config_.dtype))),
-                          config_.dtype, count, piece);
+      fc1.isa().to_float(cpu::Advance(chunk.input, at * int64_t(SizeOf(config_.dtype))),
+                         config_.dtype, count, piece);
       QuantizeActivations(config_.activation_quant,
                           ActivationScaleOf(config_.fc1_act_scales, expert), count, piece);
-      fc1_.StoreRow(piece, first, count, row);
+      fc1.StoreRow(piece, first, count, row);
     }
-    fc1_.EndRow(config_.hidden_size, row);
+    fc1.EndRow(config_.hidden_size, row);
   }
 
-  void StoreByExpert(const MoeTensors& chunk, const Scratch& scratch, const RowBlock& block) const {
-    for (int64_t row = block.first; row < block.first + block.count; ++row)
-      StoreToken(chunk, scratch.token_of[row], block.expert,
-                 scratch.expert_x + row * fc1_.row_bytes());
+  void StoreByExpert(const MatrixProduct& fc1, const MoeTensors& chunk, const Scratch& scratch,
+                     const RowBlock& block) const {
+    for (int64_t r = 0; r < block.count; ++r)
+      StoreToken(fc1, chunk, scratch.token_of[block.first + r], block.expert,
+                 fc1.RowAt(scratch.expert_x + block.x_at, block.count, r));
   }
 
   /// Sorts the routes by expert, in the order of tokens within an expert, and cuts each expert's
   /// rows into blocks, biggest expert first. Returns the number of blocks.
-  int64_t SortByExpert(int64_t tokens, const Scratch& scratch) const {
+  int64_t SortByExpert(const Products& products, int64_t tokens, const Scratch& scratch) const {
     const int64_t routes = tokens * config_.topk, experts = config_.experts;
     std::fill_n(scratch.counts, experts, 0);
     for (int64_t r = 0; r < routes; ++r) ++scratch.counts[scratch.expert_ids[r]];
@@ -208,7 +231,7 @@ class CpuQMoe : public QMoe {
     std::sort(scratch.order, scratch.order + experts, [&](int32_t a, int32_t b) {
       return scratch.counts[a] != scratch.counts[b] ? scratch.counts[a] > scratch.counts[b] : a < b;
     });
-    int64_t blocks = 0;
+    int64_t blocks = 0, x_at = 0, h_at = 0;
     for (int64_t i = 0; i < experts && scratch.counts[scratch.order[i]] > 0; ++i) {
       const int32_t expert = scratch.order[i], count = scratch.counts[expert];
       const int32_t start = scratch.starts[expert] - count;  // filling has moved it to the end
@@ -216,46 +239,49 @@ class CpuQMoe : public QMoe {
       for (int64_t p = 0; p < parts; ++p) {
         const int32_t first = int32_t(PartStart(count, parts, p));
         const int32_t last = int32_t(PartStart(count, parts, p + 1));
-        scratch.blocks[blocks++] = {expert, start + first, last - first};
+        scratch.blocks[blocks++] = {expert, start + first, last - first, x_at, h_at};
+        x_at += products.fc1.StoredBytes(last - first);
+        h_at += products.fc2.StoredBytes(last - first);
       }
     }
     return blocks;
   }
 
   /// One task of fc1: activated columns of h, and the zeros behind the last one.
-  void Fc1(const Scratch& scratch, const RowBlock& block, int64_t task) const {
+  void Fc1(const Products& products, const Scratch& scratch, const RowBlock& block,
+           int64_t task) const {
+    const auto [fc1, fc2, x_by_expert] = products;
     const int64_t per_value = IsGated(config_.activation.type) ? 2 : 1;
     const int64_t column = task * kTaskColumns / per_value;
     const int64_t columns = std::min(kTaskColumns / per_value, config_.inter_size - column);
     float sums[kTaskRows * kTaskColumns];
-    const int64_t row_bytes = fc1_.row_bytes();
-    PackedMatrix::Rows x{scratch.x, row_bytes, scratch.token_of + block.first, block.count};
-    if (quantize_by_expert_)
-      x = {scratch.expert_x + block.first * row_bytes, row_bytes, nullptr, block.count};
-    fc1_.Multiply(block.expert, task, x, sums, kTaskColumns);
+    const int64_t row_bytes = fc1.row_bytes();
+    MatrixProduct::Rows x{scratch.x, row_bytes, scratch.token_of + block.first, block.count};
+    if (x_by_expert) x = {scratch.expert_x + block.x_at, row_bytes, nullptr, block.count};
+    fc1.Multiply(block.expert, task, x, sums, kTaskColumns);
     for (int64_t r = 0; r < block.count; ++r) {
       float h[kTaskColumns];
-      fc1_.isa().activate(config_.activation, sums + r * kTaskColumns, columns, h);
+      fc1.isa().activate(config_.activation, sums + r * kTaskColumns, columns, h);
       if (config_.activation_quant != ActivationQuant::kNone)
-        QuantizeHidden(block.expert, columns, h);
-      uint8_t* const row = scratch.h + (block.first + r) * fc2_.row_bytes();
-      fc2_.StoreRow(h, column, columns, row);
-      if (task == fc1_.tasks() - 1) fc2_.EndRow(config_.inter_size, row);
+        QuantizeHidden(fc1.isa(), block.expert, columns, h);
+      const StoredRow row = fc2.RowAt(scratch.h + block.h_at, block.count, r);
+      fc2.StoreRow(h, column, columns, row);
+      if (task == fc1_.tasks() - 1) fc2.EndRow(config_.inter_size, row);
     }
   }
 
   /// Some activated values, beginning with a block. Rounded to the activation type first: CUDA has
   /// them in that type, and both must quantise the same numbers.
-  void QuantizeHidden(int64_t expert, int64_t count, float* h) const {
+  void QuantizeHidden(const CpuIsa& isa, int64_t expert, int64_t count, float* h) const {
     alignas(float) uint8_t rounded[kTaskColumns * sizeof(float)];
-    fc1_.isa().from_float(h, count, config_.dtype, rounded);
-    fc1_.isa().to_float(rounded, config_.dtype, count, h);
+    isa.from_float(h, count, config_.dtype, rounded);
+    isa.to_float(rounded, config_.dtype, count, h);
     QuantizeActivations(config_.activation_quant, ActivationScaleOf(config_.fc2_act_scales, expert),
                         count, h);
   }
 
   void Combine(const MoeTensors& chunk, const Scratch& scratch, int64_t token) const {
-    const CpuIsa& isa = fc2_.isa();
+    const CpuIsa& isa = fc2_.For(0).isa();
     for (int64_t column = 0; column < config_.hidden_size; column += kCombineColumns) {
       const int64_t columns = std::min(kCombineColumns, config_.hidden_size - column);
       float sums[kCombineColumns] = {};
@@ -270,7 +296,6 @@ class CpuQMoe : public QMoe {
 
   const MoeConfig config_;
   const PackedMatrix fc1_, fc2_;
-  const bool quantize_by_expert_;
 };
 
 }  // namespace

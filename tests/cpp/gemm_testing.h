@@ -68,13 +68,17 @@ inline bool RoundsActivations(const Kernel& kernel) { return !kernel.refuse({.n 
 /// Rows of floats as the kernel reads them; `row_bytes` becomes the bytes from one to the next.
 inline std::vector<uint8_t> StoredRows(const GemmKernel& gemm, const std::vector<float>& x,
                                        int64_t k_padded, int64_t& row_bytes) {
-  const int64_t rows = int64_t(x.size()) / k_padded;
-  row_bytes = k_padded / 32 * gemm.bytes_of_32;
-  std::vector<uint8_t> stored(rows * row_bytes);
+  const int64_t rows = int64_t(x.size()) / k_padded, blocks = k_padded / 32;
+  row_bytes = blocks * gemm.bytes_of_32;
+  const cpu::TileSize tiles{row_bytes, blocks * gemm.tile_bytes_of_32};
+  // Rows of a tile that there are not have numbers, too.
+  std::vector<uint8_t> stored(gemm.in_tiles ? tiles.StoredBytes(rows) : rows * row_bytes, 0xff);
   for (int64_t r = 0; r < rows; ++r) {
     const float* const from = &x[r * k_padded];
-    if (gemm.store)
-      gemm.store(from, 0, k_padded, &stored[r * row_bytes]);
+    if (gemm.in_tiles)
+      gemm.store(from, 0, k_padded, tiles.RowAt(stored.data(), rows, r));
+    else if (gemm.store)
+      gemm.store(from, 0, k_padded, {&stored[r * row_bytes]});
     else
       std::memcpy(&stored[r * row_bytes], from, k_padded * 4);
   }
@@ -94,23 +98,33 @@ inline bool IsInt8(const Kernel& kernel) {
   return RoundsActivations(kernel) && kernel.refuse({.n = 64, .accuracy_level = 3}) != "";
 }
 
-/// `all` are the results of args: the same rows in smaller batches, and picked by an index, must
-/// have the same bits (but a single row, of kernels that say so).
-inline void ExpectSameRows(GemmArgs args, const GemmKernel& gemm, const std::vector<float>& all,
-                           const std::string& what) {
-  const int64_t rows = args.rows, columns = args.ldy;
+/// `all` are the results of args for rows x[rows, k_padded] of floats: the same rows in smaller
+/// batches, and picked by an index, must have the same bits.
+inline void ExpectSameRows(GemmArgs args, const GemmKernel& gemm, const std::vector<float>& x,
+                           const std::vector<float>& all, const std::string& what) {
+  const int64_t rows = args.rows, columns = args.ldy, k = args.k_padded;
   std::vector<int32_t> index(rows);
   for (int32_t& i : index) i = int32_t(rng() % unsigned(rows));
   std::vector<float> part(all.size());
   const int64_t most = std::min<int64_t>(rows, quick ? 9 : 14);
-  for (int64_t m = gemm.single_differs ? 2 : 1; m <= most; ++m) {
+  const void* const stored = args.x;
+  for (int64_t m = 1; m <= most; ++m) {
+    std::vector<float> first(x.begin(), x.begin() + m * k), picked;
+    for (int64_t r = 0; r < m; ++r)
+      picked.insert(picked.end(), &x[index[r] * k], &x[index[r] * k] + k);
+    std::vector<uint8_t> tiles;
+    if (gemm.in_tiles) tiles = StoredRows(gemm, first, k, args.row_bytes);
+    args.x = gemm.in_tiles ? tiles.data() : stored;
     args.rows = m;
     args.y = part.data();
     args.row_index = nullptr;
     gemm.gemm(args);
     EXPECT(SameBits(part.data(), all.data(), m * columns), what, ": ", m,
            " rows give other bits than ", rows);
-    args.row_index = index.data();
+    if (gemm.in_tiles)
+      tiles = StoredRows(gemm, picked, k, args.row_bytes), args.x = tiles.data();
+    else
+      args.row_index = index.data();
     gemm.gemm(args);
     for (int64_t r = 0; r < m; ++r)
       EXPECT(SameBits(&part[r * columns], &all[index[r] * columns], columns), what,

@@ -108,7 +108,7 @@ void TestKernels(const Shape& shape) {
     args.row_bytes = kp / 32 * gemm.bytes_of_32;
     std::vector<uint8_t> stored(kRows * args.row_bytes);
     for (int64_t r = 0; int8 && r < kRows; ++r)
-      gemm.store(&x[r * kp], 0, kp, &stored[r * args.row_bytes]);
+      gemm.store(&x[r * kp], 0, kp, {&stored[r * args.row_bytes]});
     std::vector<float> y(kRows * columns);
     args.x = int8 ? static_cast<const void*>(stored.data()) : x.data();
     args.rows = kRows;

@@ -43,7 +43,7 @@ class Gemm {
     args.ldy = columns();
     args.y = y.data();
     gemm.gemm(args);
-    ExpectSameRows(args, gemm, y, kernel.name + ": " + shape_.Describe());
+    ExpectSameRows(args, gemm, x, y, kernel.name + ": " + shape_.Describe());
     return y;
   }
 
@@ -63,7 +63,8 @@ class Gemm {
 };
 
 /// What rounding a block of activations may be off by, relative to its largest value (int8) or to
-/// each value (bfloat16). A codebook's values are rounded to bfloat16, too.
+/// each value (bfloat16). A codebook's values are rounded to bfloat16, too, and by tiles those of any
+/// format, times their scales.
 constexpr double kInt8Half = 0.5 / 127, kBFloat16Half = 1.0 / 256;
 
 /// Multiples of 1/128 up to 127/128, which every block reaches: neither int8 nor bfloat16 rounds
@@ -84,7 +85,13 @@ std::vector<float> RowsWithOutliers(const Gemm& gemm) {
   return x;
 }
 
-void TestGrid(const Gemm& gemm, const Kernel& kernel, bool codebook, const std::string& what) {
+int WeightRoundings(const Shape& shape, const GemmKernel& gemm) {
+  const bool scaled = shape.block || shape.zero_points != ZeroPoints::kNone;
+  return int(shape.format->codebook) + int(gemm.in_tiles && scaled);
+}
+
+void TestGrid(const Gemm& gemm, const Kernel& kernel, int weight_roundings,
+              const std::string& what) {
   const std::vector<float> x = RowsOnTheGrid(gemm), y = gemm.Run(kernel, x);
   double worst = 0;
   gemm.ForEach([&](int64_t r, int64_t n) {
@@ -92,11 +99,11 @@ void TestGrid(const Gemm& gemm, const Kernel& kernel, bool codebook, const std::
     const double error = std::fabs(y[r * gemm.columns() + n] - ref.value - gemm.Bias(n));
     worst = std::max(worst, error / (ref.magnitude + std::fabs(gemm.Bias(n)) + 1e-30));
   });
-  EXPECT(worst < (codebook ? kBFloat16Half + 1e-6 : 1e-6), what, ": error ", worst,
+  EXPECT(worst < weight_roundings * kBFloat16Half + 1e-6, what, ": error ", worst,
          " of the sum of magnitudes, with activations that need no rounding");
 }
 
-void TestRounding(const Gemm& gemm, const Kernel& kernel, int64_t block, bool codebook,
+void TestRounding(const Gemm& gemm, const Kernel& kernel, int64_t block, int weight_roundings,
                   const std::string& what) {
   const std::vector<float> x = RowsWithOutliers(gemm), y = gemm.Run(kernel, x);
   double squares = 0, expected_squares = 0;
@@ -106,7 +113,7 @@ void TestRounding(const Gemm& gemm, const Kernel& kernel, int64_t block, bool co
     const Reference ref = Dot(w, row, gemm.k());
     double bound = 1e-6 * (ref.magnitude + std::fabs(gemm.Bias(n)));
     if (!IsInt8(kernel)) {
-      bound += ref.magnitude * kBFloat16Half * (codebook ? 2.01 : 1);
+      bound += ref.magnitude * kBFloat16Half * (1 + 1.01 * weight_roundings);
     } else {
       for (int64_t first = 0; first < gemm.k(); first += block) {
         double largest = 0;
@@ -158,8 +165,10 @@ void TestKernels(const Shape& shape) {
   for (const Kernel* kernel : CpuKernels(shape.format)) {
     if (!RoundsActivations(*kernel)) continue;
     const std::string what = kernel->name + ": " + shape.Describe();
-    TestGrid(gemm, *kernel, shape.format->codebook, what);
-    TestRounding(gemm, *kernel, shape.block % 32 ? 16 : 32, shape.format->codebook, what);
+    const GemmKernel& rows = static_cast<const CpuGemm*>(kernel->launch)->For(shape.block);
+    const int weight_roundings = WeightRoundings(shape, rows);
+    TestGrid(gemm, *kernel, weight_roundings, what);
+    TestRounding(gemm, *kernel, shape.block % 32 ? 16 : 32, weight_roundings, what);
     if (!shape.bias) TestOddValues(gemm, *kernel, what);
     if (!IsInt8(*kernel)) continue;
     const std::vector<float> y = gemm.Run(*kernel, x);

@@ -77,9 +77,17 @@ def quick_cases(format_name: str) -> list[Case]:
         for level in (3, 4):
             rounding = {**common, "accuracy_level": level}
             cases += [
-                QMoECase(**rounding, tokens=6, hidden=96, inter=160, zero_points=fmt.zero_points),
+                QMoECase(
+                    **rounding,
+                    tokens=70,
+                    hidden=96,
+                    inter=160,
+                    experts=4,
+                    k=2,
+                    zero_points=fmt.zero_points,
+                ),
                 QMoECase(**rounding, tokens=1, hidden=64, inter=48, block_size=16),
-                MatMulNBitsCase(**rounding, m=13, n=72, k=200, zero_points=zero_points),
+                MatMulNBitsCase(**rounding, m=18, n=72, k=200, zero_points=zero_points),
                 MatMulNBitsCase(**rounding, m=3, n=80, k=256, block_size=128, bias=False),
             ]
         cases += [

@@ -120,7 +120,7 @@ def run_in_child(kernel: str, isa: str) -> None:
 def test_a_token_does_not_depend_on_its_neighbours(format_name: str) -> None:
     """On the CPU, the result of a token is the same bits whatever else is in the batch.
 
-    But on AMX, where a single row of an expert is not worth a tile and sums are rounded otherwise.
+    But on AMX, where few rows are not worth tiles and another kernel rounds otherwise.
     """
     tiles = any(k.name.startswith("gemm_amx.") and k.available for k in qmoe_plugin.kernels())
     for case in quick_cases(format_name):
