@@ -181,6 +181,9 @@ const TileLayout& GetTileLayout(Layout layout) {
 PackedHeader PlanPack(const RowReader& reader, bool gated, Layout layout, ScalePolicy policy) {
   const bool half = policy == ScalePolicy::kFloat16 ||
                     (policy == ScalePolicy::kFloat16IfExact && ScalesFitHalf(reader));
+  const bool coarse = policy == ScalePolicy::kFloat16 && reader.format().affine &&
+                      reader.block_size() != 0 && !reader.has_zero_points() &&
+                      ScalesAreCoarse(reader);
   PackedHeader header{};
   header.layout = layout;
   const size_t name_size = std::strlen(reader.format().name);
@@ -195,6 +198,7 @@ PackedHeader PlanPack(const RowReader& reader, bool gated, Layout layout, ScaleP
                  (reader.has_zero_points() ? PackedHeader::kZeroOffsets : 0u) |
                  (reader.has_integer_zero_points() ? PackedHeader::kIntegerOffsets : 0u) |
                  (reader.has_short_factors() ? PackedHeader::kShortFactors : 0u) |
+                 (coarse ? PackedHeader::kCoarseScales : 0u) |
                  (reader.has_bias() ? PackedHeader::kBias : 0u) |
                  (reader.has_sum_scale() ? PackedHeader::kSumScale : 0u) |
                  (reader.codebook().empty() ? 0u : PackedHeader::kCodebook) |

@@ -26,6 +26,8 @@ struct PackLoops {
   float (*largest)(const float* x, int64_t count);
   /// Whether float16 holds each x[i] * factor exactly.
   bool (*fit_half)(const float* x, float factor, int64_t count);
+  /// Whether float16 also holds (x[i] * factor as float16) * smaller exactly. smaller: a power of two.
+  bool (*fit_smaller_half)(const float* x, float factor, float smaller, int64_t count);
   /// out[16 i] = float16 of x[i] * factor, rounded to nearest even.
   void (*store_half)(const float* x, float factor, int64_t count, uint16_t* out);
 };

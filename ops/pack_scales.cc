@@ -16,29 +16,25 @@ constexpr int kScaleExponent = 4;
 /// Rows that a core checks at a time.
 constexpr int64_t kRunRows = 256;
 
-/// One worker's part of ScalesFitHalf.
-class HalfCheck {
- public:
-  explicit HalfCheck(const RowReader& reader)
-      : reader_(reader), loops_(GetPackLoops()), values_(size_t(reader.groups())) {}
-
-  bool Fits(int64_t expert, int64_t row) {
-    const int64_t groups = reader_.groups();
-    if (reader_.block_size()) {
-      reader_.Scales(expert, row, values_.data());
-      const float inverse = 1 / RowFactor(values_.data(), groups);
-      if (!loops_.fit_half(values_.data(), inverse, groups)) return false;
-    }
-    if (!reader_.has_zero_points()) return true;
-    reader_.ZeroOffsets(expert, row, values_.data());
-    return loops_.fit_half(values_.data(), 1.0f, groups);
+/// Whether fits(expert, row, scratch) of all rows, on all cores. scratch: groups() numbers.
+template <class Fn>
+bool AllRows(const RowReader& reader, const Fn& fits) {
+  const int64_t rows = reader.experts() * reader.rows();
+  std::atomic<int64_t> next = 0;
+  std::atomic<bool> all = true;
+  const auto worker = [&] {
+    std::vector<float> scratch(size_t(reader.groups()));
+    for (int64_t first; all && (first = next.fetch_add(kRunRows)) < rows;)
+      for (int64_t i = first; all && i < std::min(first + kRunRows, rows); ++i)
+        if (!fits(i / reader.rows(), i % reader.rows(), scratch.data())) all = false;
+  };
+  if (rows <= kRunRows) {
+    worker();  // not worth a thread
+  } else {
+    OnAllCores(worker);
   }
-
- private:
-  const RowReader& reader_;
-  const PackLoops& loops_;
-  std::vector<float> values_;
-};
+  return all;
+}
 
 }  // namespace
 
@@ -51,21 +47,28 @@ float RowFactor(const float* scales, int64_t groups) {
 }
 
 bool ScalesFitHalf(const RowReader& reader) {
-  const int64_t rows = reader.experts() * reader.rows();
-  std::atomic<int64_t> next = 0;
-  std::atomic<bool> fits = true;
-  const auto worker = [&] {
-    HalfCheck check(reader);
-    for (int64_t first; fits && (first = next.fetch_add(kRunRows)) < rows;)
-      for (int64_t i = first; fits && i < std::min(first + kRunRows, rows); ++i)
-        if (!check.Fits(i / reader.rows(), i % reader.rows())) fits = false;
-  };
-  if (rows <= kRunRows) {
-    worker();  // not worth a thread
-  } else {
-    OnAllCores(worker);
-  }
-  return fits;
+  const PackLoops& loops = GetPackLoops();
+  const int64_t groups = reader.groups();
+  return AllRows(reader, [&](int64_t expert, int64_t row, float* values) {
+    if (reader.block_size()) {
+      reader.Scales(expert, row, values);
+      if (!loops.fit_half(values, 1 / RowFactor(values, groups), groups)) return false;
+    }
+    if (!reader.has_zero_points()) return true;
+    reader.ZeroOffsets(expert, row, values);
+    return loops.fit_half(values, 1.0f, groups);
+  });
+}
+
+bool ScalesAreCoarse(const RowReader& reader) {
+  constexpr float kToSubnormals =
+      0x1p-11f;  // multiples of 2^-13 become those of 2^-24, float16's least
+  const PackLoops& loops = GetPackLoops();
+  const int64_t groups = reader.groups();
+  return AllRows(reader, [&](int64_t expert, int64_t row, float* values) {
+    reader.Scales(expert, row, values);
+    return loops.fit_smaller_half(values, 1 / RowFactor(values, groups), kToSubnormals, groups);
+  });
 }
 
 void StoreScales(const float* scales, float row_factor, int64_t groups, DType dtype, void* out) {

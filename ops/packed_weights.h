@@ -55,7 +55,8 @@ struct PackedHeader {
     kPermutedK = 16,  // K is not as stored (g_idx): only of use to who packed them
     kCodebook = 32,
     kIntegerOffsets = 64,  // of zero offsets: none is a fraction
-    kShortFactors = 128    // values and block scales are exact in bfloat16, too
+    kShortFactors = 128,   // values and block scales are exact in bfloat16, too
+    kCoarseScales = 256    // ScalesAreCoarse (ops/pack_scales.h); only looked for where it matters
   };
 
   char magic[8];

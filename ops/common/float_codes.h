@@ -43,6 +43,14 @@ __device__ inline T2 FromFloat2(float2 v) {
     return v;
 }
 
+/// One of two numbers twice.
+__device__ inline __half2 Both(__half2 v, bool second) {
+  return second ? __high2half2(v) : __low2half2(v);
+}
+__device__ inline __nv_bfloat162 Both(__nv_bfloat162 v, bool second) {
+  return second ? __high2bfloat162(v) : __low2bfloat162(v);
+}
+
 /// half2 as half2, float2 (both exactly) or bfloat162 (rounded where need be).
 template <class T2>
 __device__ inline T2 FromHalf2(__half2 v) {

@@ -64,6 +64,7 @@ struct Format {
   bool is_float;             // codes are floats, not integers
   bool has_nan;              // some code is not a number
   bool codebook;             // the model gives the values of the codes; those below are 0
+  bool affine;  // GPUs scale and center codes at once, where PackedHeader::kCoarseScales
   ScaleKind scales;
   int64_t block_size;   // the one block size that it has; 0 = the model says, and per channel
   bool square_blocks;   // blocks are as many rows high; per channel is then per expert
@@ -91,6 +92,7 @@ struct FormatBase {
   /// Whether the model gives the values of the codes (Projection::codebook) instead of Decode. Such a
   /// format has 4 bits and keeps the fragments of FormatBase.
   static constexpr bool kCodebook = false;
+  static constexpr bool kAffine = false;  // see int4
   /// See Format::scales, block_size and square_blocks.
   static constexpr ScaleKind kScales = ScaleKind::kFloat;
   static constexpr int64_t kBlockSize = 0;
@@ -130,6 +132,7 @@ struct PlainFormat {
   static constexpr float kDefaultZeroPoint = 0;
   static constexpr bool kZeroPoints = false;
   static constexpr bool kCodebook = false;
+  static constexpr bool kAffine = false;
   static constexpr ScaleKind kScales = ScaleKind::kFloat;  // of which it has none
   static constexpr int64_t kBlockSize = 0;
   static constexpr bool kSquareBlocks = false;
@@ -155,6 +158,7 @@ Format DescribeFormat() {
   format.default_zero_point = F::kDefaultZeroPoint;
   format.zero_points = F::kZeroPoints;
   format.codebook = F::kCodebook;
+  format.affine = F::kAffine;
   format.scales = F::kScales;
   format.block_size = F::kBlockSize;
   format.square_blocks = F::kSquareBlocks;

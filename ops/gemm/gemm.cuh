@@ -50,6 +50,7 @@ struct CudaGemmArgs {
   const void* zero_offsets;  // null = none
   bool integer_offsets;      // all of them are integers
   bool short_factors;        // values of codes and block scales are exact in bfloat16
+  bool coarse_scales;        // block scales are multiples of 2^-13
   const float* row_scales;
   const float* bias;      // null = none
   const float* codebook;  // [2^bits], formats with a codebook only

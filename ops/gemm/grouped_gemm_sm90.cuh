@@ -45,29 +45,39 @@ __device__ void Multiply(const CudaGemmArgs& args, const Codebook<F>& codebook, 
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) sums[s][i] = 0;
 
+  // Where steps share a scale, a lane's codes and scales of a k tile are loaded together: codes of 4 bits at once.
+  constexpr int kLoadSteps = kScaleSteps<F, kOffsets> > 1 ? kFragmentsPerTile : kSteps;
+  // Places of this lane's in a stage. They stay in registers: computed anew for each k tile, they would be a tenth of the instructions.
+  int codes_at =
+      Layout::kCodes + warp * kStacks * TileBytes(F::kBits) + lane * LaneChunkBytes(F::kBits);
+  int scales_at = Layout::kScales + warp * kStacks * scale_bytes + lane / 4 * 4;
+  Renew(codes_at), Renew(scales_at), Renew(scale_bytes);
+
   uint32_t a[2][kSteps][4];  // a part is decoded while the tensor cores work on the one before
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
     BarrierWait(barriers.Full(ring.stage), ring.parity);
     const char* stage = memory + ring.offset;
     const uint64_t x = SwizzledOperand(stages + ring.offset + Layout::kX);
     const auto first_step = [](int part) { return part / kStacks * kSteps; };
+    StepCodes<F, T, kOffsets, kLoadSteps> codes[kStacks];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const int tile = warp * kStacks + part % kStacks;
-      StepCodes<F, kOffsets, kSteps> codes;
-      codes.Load(args, stage + Layout::kCodes + tile * TileBytes(F::kBits),
-                 stage + Layout::kScales + tile * scale_bytes,
-                 stage + Layout::kZeros + tile * scale_bytes, first_step(part), lane);
+      const int s = part % kStacks, first = first_step(part) % kLoadSteps;
+      if (first == 0)
+        codes[s].Load(args, stage + codes_at + s * TileBytes(F::kBits),
+                      stage + scales_at + s * scale_bytes,
+                      stage + (Layout::kZeros - Layout::kScales) + scales_at + s * scale_bytes,
+                      first_step(part));
       WgmmaWait<1>();  // the last products with these registers are done
       if (part == 1)   // and so are all of the stage before
         BarrierArriveIf(barriers.Empty(ring.Previous()), k_tile > 0 && lane == 0);
-      codes.template Decode<T>(codebook, a[part % 2]);
+      codes[s].Decode(codebook, first, a[part % 2]);
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) HoldRegisters(a[part % 2][j]);
       WgmmaFence();
 #pragma unroll
       for (int j = 0; j < kSteps; ++j)
-        Wgmma<T, kN>(sums[part % kStacks], a[part % 2][j], x + 2 * (first_step(part) + j));
+        Wgmma<T, kN>(sums[s], a[part % 2][j], x + 2 * (first_step(part) + j));
       WgmmaCommit();
     }
     ring.Next();
@@ -224,8 +234,10 @@ struct Gemm {
 
   static Offsets OffsetsOf(const CudaGemmArgs& args) {
     const bool short_factors = args.dtype == DType::kFloat16 || args.short_factors;
-    if (args.zero_offsets == nullptr)
-      return short_factors || !kMayBeLong<__nv_bfloat16> ? Offsets::kNone : Offsets::kAny;
+    if (args.zero_offsets == nullptr) {
+      if (!short_factors && kMayBeLong<__nv_bfloat16>) return Offsets::kAny;
+      return F::kAffine && !FitAffine(args) ? Offsets::kIntegers : Offsets::kNone;  // zeros
+    }
     return short_factors && args.integer_offsets ? Offsets::kIntegers : Offsets::kAny;
   }
 

@@ -90,6 +90,7 @@ CudaGemmArgs PackedGemm::Args(const Choice& choice) const {
   args.zero_offsets = weights_.zero_offsets();
   args.integer_offsets = (header.flags & PackedHeader::kIntegerOffsets) != 0;
   args.short_factors = (header.flags & PackedHeader::kShortFactors) != 0;
+  args.coarse_scales = (header.flags & PackedHeader::kCoarseScales) != 0;
   args.row_scales = weights_.row_scales();
   args.bias = weights_.bias();
   args.codebook = weights_.codebook();

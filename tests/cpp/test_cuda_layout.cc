@@ -120,6 +120,11 @@ void TestInt4(const Format& format) {
           const float biased = Half(formats::int4::BiasedHalf2(word, i / 2), i % 2);
           const float half = i < 4 ? biased - 1032.0f : biased * 0.0625f - 72.0f;
           const float bfloat = BFloat(formats::int4::BiasedBFloat162(word, i / 2), i % 2) - 136.0f;
+          const float low = i < 4 ? 1 : 1.0f / 16;
+          const float small = Half(formats::int4::SubnormalHalf2(word, i / 2), i % 2);
+          const float tiny = BFloat(formats::int4::SubnormalBFloat162(word, i / 2), i % 2);
+          EXPECT(small * 0x1p21f * low == fragment[i], "lane %d code %d: %g", lane, i, small);
+          EXPECT(tiny * 0x1p127f * 64 * low == fragment[i], "lane %d code %d: %g", lane, i, tiny);
           EXPECT(half == expected, "lane %d code %d: %g not %g", lane, i, half, expected);
           EXPECT(bfloat == expected, "lane %d code %d: %g not %g", lane, i, bfloat, expected);
         }

@@ -41,6 +41,11 @@ void TestHalves(const PackLoops& loops) {
     EXPECT(halves[16 * i] == FloatToHalf(values[i]), "float16 of ", values[i]);
     const bool exact = HalfToFloat(FloatToHalf(values[i])) == values[i];
     EXPECT(loops.fit_half(&values[i], 1.0f, 1) == exact, "whether float16 holds ", values[i]);
+    const float smaller = HalfToFloat(FloatToHalf(values[i])) * 0x1p-11f;
+    if (std::abs(values[i]) < 6e4f)
+      EXPECT(loops.fit_smaller_half(&values[i], 1.0f, 0x1p-11f, 1) ==
+                 (HalfToFloat(FloatToHalf(smaller)) == smaller),
+             "whether float16 holds 2^-11 times float16 of ", values[i]);
     EXPECT(halves[16 * i + 1] == 0xdead, "only every 16th place is written");
   }
   std::vector<float> exact(37, 0.75f);

@@ -100,6 +100,25 @@ void TestShortFactors() {
   Expect(!RowReader(fp4.p).has_short_factors(), "times 3");
 }
 
+/// Float16 has bits for 2^-11 times each scale: those of a row are within 128 of each other, or round.
+void TestCoarseScales() {
+  const auto coarse = [](float first, float second, bool zero_points = false) {
+    Owned w(1, 2, 32, 16);
+    w.scales[0] = first, w.scales[1] = second;
+    w.zero_points = {0x88, 0x88};
+    if (zero_points) w.p.zero_points = View(w.zero_points, DType::kUint8, {1, 2, 1});
+    const RowReader reader(w.p);
+    return (PlanPack(reader, false, Layout::kCpuPanel16, ScalePolicy::kFloat16).flags &
+            PackedHeader::kCoarseScales) != 0;
+  };
+  Expect(coarse(1, 0), "no scale is small, but a zero");
+  Expect(coarse(0.7f, -0.7f / 128), "by 128, rounded to float16");
+  Expect(coarse(0x1p-30f, 0x1p-40f), "by 1024, but powers of two");
+  Expect(!coarse(1, 1.001f / 1024), "by 1024");
+  Expect(!coarse(1.001f / 1024, -1), "in any order");
+  Expect(!coarse(1, 0, true), "with zero points it does not matter");
+}
+
 void TestRowOrders() {
   Owned halves(1, 6, 16, 16);
   const RowReader reader(halves.p, RowOrder::kHalves);
@@ -207,6 +226,7 @@ void TestPackedScales() {
 int main() {
   TestPlainRows();
   TestShortFactors();
+  TestCoarseScales();
   TestRowOrders();
   TestZeroPoints();
   TestGroupIndex();

@@ -1,4 +1,4 @@
-"""Codebooks, and formats of the projections' own: what the cases of each format do not show."""
+"""Codebooks, formats of the projections' own, scales far apart: what the cases of each format do not show."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ def result_of(case: QMoECase | MatMulNBitsCase, tensors: dict, device: str) -> n
     result = run(open_session(case.model(tensors), device), feeds_of(tensors))
     check(case, tensors, result)
     return result
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_int4_scales_far_apart(tokens: int, dtype: str, device: str) -> None:
+    """Weights keep their bits beside a block of the same row that is 2^13 times as large."""
+    case = QMoECase(tokens=tokens, dtype=dtype, hidden=128, bias=False)
+    tensors = case.tensors()
+    tensors["fc1_scales"][..., 0] *= 2.0**13
+    tensors["input"][:, : case.block_size] = 0  # only the others are seen in the result
+    result_of(case, tensors, device)
 
 
 @pytest.mark.parametrize("fc2_format", FORMATS)
