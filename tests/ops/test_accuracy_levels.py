@@ -22,12 +22,12 @@ from qmoe_plugin import formats
 from qmoe_plugin.kernels import Problem, ask
 
 CASES: list[Case] = [
-    QMoECase("int4", tokens=9, hidden=256, inter=192, experts=6, k=3),
-    QMoECase("int8", tokens=9, hidden=256, inter=192, experts=6, k=3, zero_points=True),
-    QMoECase("mxfp4", tokens=9, hidden=256, inter=192, experts=6, k=3),
-    MatMulNBitsCase("int4", m=9, n=96, k=320, zero_points="packed"),
+    QMoECase("int4", tokens=40, hidden=256, inter=192, experts=6, k=3),
+    QMoECase("int8", tokens=40, hidden=256, inter=192, experts=6, k=3, zero_points=True),
+    QMoECase("mxfp4", tokens=40, hidden=256, inter=192, experts=6, k=3),
+    MatMulNBitsCase("int4", m=33, n=96, k=320, zero_points="packed"),
     MatMulNBitsCase("int8", m=9, n=96, k=320),
-    MatMulNBitsCase("codebook4", m=9, n=96, k=320),
+    MatMulNBitsCase("codebook4", m=33, n=96, k=320),
 ]
 OUTLIERS = 30.0  # times larger than the rest: one channel in 64
 # An outlier's block has steps as large as a neighbour, but the yardstick holds the outliers, too.
