@@ -1,4 +1,4 @@
-"""Codebooks, formats of the projections' own, scales far apart: what the cases of each format do not show."""
+"""Codebooks, formats of the projections' own, scales far apart: what no case of a format shows."""
 
 from __future__ import annotations
 
