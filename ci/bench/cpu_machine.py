@@ -39,6 +39,10 @@ def cpu_name() -> str:
 
 
 def git_commit() -> str:
+    """QMOE_PLUGIN_COMMIT if set (where there is no clone), or git's."""
+    if given := os.environ.get("QMOE_PLUGIN_COMMIT"):
+        return given
+
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""

@@ -24,10 +24,10 @@ accuracy_level 3 allows activations and weights in bfloat16: each rounding errs 
 on average (a step of 2^-7 over sqrt 12, of numbers from 1 to 2), and there are up to three (of
 activations, of a codebook's values, and of weights times their scales), which make 2.8e-3; the
 largest of some thousand results is off by four to five times as much. 4 allows int8 activations
-with a scale for 32 of them: half a step of 1/127 of the largest one, which is 2 to 3 sigma, so at most
-1 % of a term and 0.5 % on average. Both add up like a random walk, and fc2 adds its own to fc1's.
-But all hidden values err by the same errors of x, which weights with a common sign or mean add up:
-so what int8 does to a QMoE node is simulated, too, and where that is more, it is allowed. Outlier
+with a scale for 32 of them: half a step of 1/127 of the largest one, which is 2 to 3 sigma, so at
+most 1 % of a term and 0.5 % on average. Both add up like a random walk, and fc2 adds its own to
+fc1's. But all hidden values err by the same errors of x, which weights with a common sign or mean
+add up: so what int8 does to a QMoE node is simulated, too, and where that is more, it is allowed. Outlier
 channels make int8's steps larger for their neighbours: see `tests/ops/test_accuracy_levels.py`.
 
 wfp4afp8 quantises what goes into fc2, to steps of up to 1/8: where two right results of fc1, which
