@@ -8,7 +8,10 @@ from typing import Any
 
 from gpu_pages import table as _table
 
-README_CPU = "cpu-amd-epyc-family-25-model-17-2t.json"
+README_CPU = (
+    "cpu-amd-epyc-family-25-model-17-2t.json",
+    "cpu-intel-r-xeon-r-processor-family-6-model-207-2t.json",  # has AMX
+)
 README_CASES = (
     "gpt-oss-20b int4 b32",
     "gpt-oss-20b mxfp4",
@@ -29,8 +32,16 @@ def sections(results: Path) -> list[str]:
 
 
 def readme(results: Path, text: str) -> str:
-    """The README with the CPU numbers of a file of results: tokens across, ours / stock."""
-    path = results / README_CPU
+    """The README with the CPU numbers of some files of results."""
+    first, last = README_MARKS
+    before, rest = text.split(first)
+    after = rest.split(last)[1]
+    tables = "\n".join(_readme_table(results / name) for name in README_CPU)
+    return before + first + tables + last + after
+
+
+def _readme_table(path: Path) -> str:
+    """What a file of results says, and its table: tokens across, ours / stock."""
     content = json.loads(path.read_text())
     tokens = sorted({cell["tokens"] for case in content["cases"] for cell in case["cells"]})
     rows = []
@@ -45,9 +56,6 @@ def readme(results: Path, text: str) -> str:
             times[cell["tokens"]] = f"{_short(cell['ours']['median_ms'])} / {stock}"
         rows.append((case["name"], case["accuracy_level"], *(times.get(t, "") for t in tokens)))
     header = ("layer", "level", *(f"{t} token{'s' * (t > 1)}" for t in tokens))
-    first, last = README_MARKS
-    before, rest = text.split(first)
-    after = rest.split(last)[1]
     intro = [
         f"On an {content['machine']}, milliseconds of one layer, ours / stock at the same",
         f"accuracy_level (0 is exact); onnxruntime {content['onnxruntime']}, threads: "
@@ -55,7 +63,7 @@ def readme(results: Path, text: str) -> str:
         f"`ci/bench/results/{path.name}`, written by `ci/bench/bench_cpu.py`:",
         "",
     ]
-    return before + first + "\n".join([*intro, *_table(header, rows)]) + "\n" + last + after
+    return "\n".join([*intro, *_table(header, rows)]) + "\n"
 
 
 def _short(milliseconds: float) -> str:

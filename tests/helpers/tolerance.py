@@ -27,8 +27,9 @@ largest of some thousand results is off by four to five times as much. 4 allows 
 with a scale for 32 of them: half a step of 1/127 of the largest one, which is 2 to 3 sigma, so at
 most 1 % of a term and 0.5 % on average. Both add up like a random walk, and fc2 adds its own to
 fc1's. But all hidden values err by the same errors of x, which weights with a common sign or mean
-add up: so what int8 does to a QMoE node is simulated, too, and where that is more, it is allowed. Outlier
-channels make int8's steps larger for their neighbours: see `tests/ops/test_accuracy_levels.py`.
+add up: so what int8 does to a QMoE node is simulated, too, and where that is more, it is allowed.
+Outlier channels make int8's steps larger for their neighbours: see
+`tests/ops/test_accuracy_levels.py`.
 
 wfp4afp8 quantises what goes into fc2, to steps of up to 1/8: where two right results of fc1, which
 differ by rounding, lie on both sides of the middle between two e4m3 numbers, or of a power of two
