@@ -127,6 +127,7 @@ std::string RefuseNarrow(const GemmProblem& problem) {
   return Refuse(problem);
 }
 
+#if defined(__x86_64__)
 /// RefuseNarrow, and too few rows to fill tiles; 0 are any number.
 std::string RefuseFew(const GemmProblem& problem) {
   const int64_t fewest = FewestTileRows(problem.accuracy_level);
@@ -135,6 +136,7 @@ std::string RefuseFew(const GemmProblem& problem) {
                   problem.experts == 1 ? "" : Concat(" for ", problem.experts, " experts"));
   return RefuseNarrow(problem);
 }
+#endif
 
 /// What asks for more exact sums, and what kNext refuses.
 template <AccuracyLevel kLevel, std::string (*kNext)(const GemmProblem&) = RefuseNarrow>
