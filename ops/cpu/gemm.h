@@ -94,6 +94,10 @@ struct GemmKernel {
   /// Rows lie in tiles (ops/cpu/row_tiles.h), of which 32 k take tile_bytes_of_32 besides their rows.
   bool in_tiles = false;
   int64_t tile_bytes_of_32 = 0;
+
+  [[gnu::always_inline]] cpu::TileSize TileSizeOf(int64_t k_padded) const {
+    return {k_padded / 32 * bytes_of_32, k_padded / 32 * tile_bytes_of_32};
+  }
 };
 inline constexpr int64_t kFloatsOf32 = 32 * sizeof(float);
 

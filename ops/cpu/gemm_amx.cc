@@ -82,33 +82,17 @@ GemmKernel KernelOf() {
           .tile_bytes_of_32 = kBlocks * Rows::kTileBytes};
 }
 
-template <class Decoder>
-GemmKernel SelectExact(int block) {
-  return block == 32 ? KernelOf<ExactTiles<Decoder, 32>>() : KernelOf<ExactTiles<Decoder, 16>>();
-}
-
-template <class Decoder>
-GemmKernel SelectBf16(int) {
-  return KernelOf<Bf16Tiles<Decoder>>();
-}
-
 }  // namespace
 
 GemmKernel AmxGemm(int bits, Codes codes, int block) {
   if (codes == Codes::kTable) return {};  // any numbers, which bfloat16 may have to round
-  if (bits == 2) return SelectExact<TableDecoder<2>>(block);
-  if (bits == 4) return SelectExact<TableDecoder<4>>(block);
-  if (bits == 8 && codes == Codes::kSigned) return SelectExact<SignedDecoder>(block);
-  if (bits == 8 && codes == Codes::kE4M3) return SelectExact<E4M3Decoder>(block);
-  return {};
+  return WithDecoder(bits, codes, [&]<class Decoder>() {
+    return block == 32 ? KernelOf<ExactTiles<Decoder, 32>>() : KernelOf<ExactTiles<Decoder, 16>>();
+  });
 }
 
-GemmKernel AmxBf16Gemm(int bits, Codes codes, int block) {
-  if (bits == 2) return SelectBf16<TableDecoder<2>>(block);
-  if (bits == 4) return SelectBf16<TableDecoder<4>>(block);
-  if (bits == 8 && codes == Codes::kSigned) return SelectBf16<SignedDecoder>(block);
-  if (bits == 8 && codes == Codes::kE4M3) return SelectBf16<E4M3Decoder>(block);
-  return {};
+GemmKernel AmxBf16Gemm(int bits, Codes codes, int) {
+  return WithDecoder(bits, codes, []<class Decoder>() { return KernelOf<Bf16Tiles<Decoder>>(); });
 }
 
 }  // namespace qmoe_plugin

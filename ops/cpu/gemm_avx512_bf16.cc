@@ -89,20 +89,13 @@ constexpr int VectorsInFlight(int rows) {
 //
 #include "ops/cpu/gemm_rows.inc"
 
-template <class Decoder>
-GemmKernel Select(int block) {
-  return block == 32 ? BlocksGemm<Bf16Blocks<Decoder, 32>>()
-                     : BlocksGemm<Bf16Blocks<Decoder, 16>>();
-}
-
 }  // namespace
 
 GemmKernel Avx512Bf16Gemm(int bits, Codes codes, int block) {
-  if (bits == 2) return Select<TableDecoder<2>>(block);
-  if (bits == 4) return Select<TableDecoder<4>>(block);
-  if (bits == 8 && codes == Codes::kSigned) return Select<SignedDecoder>(block);
-  if (bits == 8 && codes == Codes::kE4M3) return Select<E4M3Decoder>(block);
-  return {};
+  return WithDecoder(bits, codes, [&]<class Decoder>() {
+    return block == 32 ? BlocksGemm<Bf16Blocks<Decoder, 32>>()
+                       : BlocksGemm<Bf16Blocks<Decoder, 16>>();
+  });
 }
 
 }  // namespace qmoe_plugin

@@ -26,10 +26,7 @@ PackedMatrix::PackedMatrix(const PackSource& source, const GemmProblem& problem)
     table_[i] = codebook ? codebook[i % (1 << problem.format->bits)] : few_.gemm().table[i];
 }
 
-TileSize MatrixProduct::tile_size() const {
-  const int64_t blocks = matrix_.k_padded() / 32;
-  return {blocks * kernel_.bytes_of_32, blocks * kernel_.tile_bytes_of_32};
-}
+TileSize MatrixProduct::tile_size() const { return kernel_.TileSizeOf(matrix_.k_padded()); }
 
 int64_t MatrixProduct::row_bytes() const {
   // A cache line more than a row, at least.

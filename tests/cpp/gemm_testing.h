@@ -68,9 +68,9 @@ inline bool RoundsActivations(const Kernel& kernel) { return !kernel.refuse({.n 
 /// Rows of floats as the kernel reads them; `row_bytes` becomes the bytes from one to the next.
 inline std::vector<uint8_t> StoredRows(const GemmKernel& gemm, const std::vector<float>& x,
                                        int64_t k_padded, int64_t& row_bytes) {
-  const int64_t rows = int64_t(x.size()) / k_padded, blocks = k_padded / 32;
-  row_bytes = blocks * gemm.bytes_of_32;
-  const cpu::TileSize tiles{row_bytes, blocks * gemm.tile_bytes_of_32};
+  const int64_t rows = int64_t(x.size()) / k_padded;
+  const cpu::TileSize tiles = gemm.TileSizeOf(k_padded);
+  row_bytes = tiles.of_row;
   // Rows of a tile that there are not have numbers, too.
   std::vector<uint8_t> stored(gemm.in_tiles ? tiles.StoredBytes(rows) : rows * row_bytes, 0xff);
   for (int64_t r = 0; r < rows; ++r) {
