@@ -16,28 +16,22 @@ struct RowTileList {
 };
 
 struct PermuteArgs {
-  const int* expert_ids;  // [rows], rows = tokens * topk: row r is slot r % topk of token r / topk
-  int rows, experts, topk;
+  const int* expert_ids;    // [T, k], those of a token differ
+  const int* slice_counts;  // [Slices(T), E] tokens of each slice of each expert
+  int tokens, experts, topk;
   int* expert_offsets;  // [E + 1] first sorted row of each expert
-  int* row_token;       // [rows] token of each sorted row
-  int* sorted_row;      // [rows] sorted row of each (token, slot)
+  int* row_token;       // [T * k] token of each sorted row
+  int* sorted_row;      // [T, k] sorted row of each (token, slot)
   RowTileList fc1, fc2;
-  Overlap overlap;  // with the kernel before
+  // Rows of x, in any type of 2 bytes and more.
+  const void* x;  // [T, row_bytes]
+  void* sorted;   // [T * k, row_bytes] becomes x[row_token]; null = not wanted
+  int64_t row_bytes;
+  Overlap overlap;  // with the kernel before, which may write expert_ids and slice_counts
 };
 
 /// Stable: rows of one expert keep the order of their tokens.
 void LaunchPermute(const PermuteArgs& args, cudaStream_t stream);
-
-/// Copies rows of 2-byte values: y[r] = x[row_token[r]].
-struct GatherArgs {
-  const void* x;         // [T, columns]
-  const int* row_token;  // [rows]
-  int rows, columns;
-  void* y;          // [rows, columns]
-  Overlap overlap;  // with the kernel before
-};
-void LaunchGather(const GatherArgs& args, cudaStream_t stream);
-
 void PreparePermute();
 
 }  // namespace qmoe_plugin

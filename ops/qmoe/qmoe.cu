@@ -1,6 +1,7 @@
-// QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute. Where fc1's kernel wants the rows of x sorted, they are
-// copied into the workspace before. With quantised activations x is quantised into the workspace before fc1, the hidden rows in
-// place before fc2. For few tokens fc1 and fc2 route by themselves where their kernels can, and three launches are left.
+// QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute. Where fc1's kernel wants the rows of x sorted, permute
+// copies them into the workspace. With quantised activations x is quantised into the workspace, before route, or before fc1 where
+// it needs to know the experts; the hidden rows in place before fc2. For few tokens fc1 and fc2 route by themselves where their
+// kernels can, and three launches are left.
 //
 // Long inputs are processed in chunks of tokens, one after the other in the same workspace, so that
 // the intermediate rows take at most kChunkBytes. Each token's output depends on its own input row
@@ -104,12 +105,13 @@ class CudaQMoe final : public QMoe {
     int64_t fc1_max_tiles, fc2_max_tiles;
     int* expert_ids;      // [T, k]
     float* scales;        // [T, k]
+    int* slice_counts;    // [slices, E], see LaunchRoute
     int* expert_offsets;  // [E + 1]
     int* row_token;       // [T * k]
     int* sorted_row;      // [T, k]
     RowTile *fc1_tiles, *fc2_tiles;
     int *fc1_tile_count, *fc2_tile_count, *fc1_next_item, *fc2_next_item;
-    // x before fc1; null = not needed, or, of `sorted`, done when it was quantised.
+    // x for fc1; null = not needed, or, of `sorted`, done when it was quantised.
     char* quantized;  // [T, H], or [T * k, H] sorted rows where experts differ
     char* sorted;     // [T * k, H]
     char* hidden;     // [T * k, I] sorted rows
@@ -147,6 +149,7 @@ class CudaQMoe final : public QMoe {
     b.fc2_max_tiles = MaxRowTiles(rows, config_.experts, b.fc2.tile_rows);
     b.expert_ids = arena.Take<int>(rows);
     b.scales = arena.Take<float>(rows);
+    b.slice_counts = arena.Take<int>(Slices(int(tokens)) * config_.experts);
     b.expert_offsets = arena.Take<int>(config_.experts + 1);
     b.row_token = arena.Take<int>(rows);
     b.sorted_row = arena.Take<int>(rows);
@@ -210,9 +213,11 @@ class CudaQMoe final : public QMoe {
           {.enabled = true, .x_is_tokens = false, .route = route, .sorted_row = b.sorted_row},
           stream);
     } else {
-      LaunchRoute(route, stream);
+      if (Quantizes() && !quantize_by_expert_) QuantizeX(b, tokens, fc1, stream);
+      LaunchRoute(route, b.slice_counts, stream);
       LaunchPermute({.expert_ids = b.expert_ids,
-                     .rows = rows,
+                     .slice_counts = b.slice_counts,
+                     .tokens = route.tokens,
                      .experts = route.experts,
                      .topk = route.topk,
                      .expert_offsets = b.expert_offsets,
@@ -220,12 +225,15 @@ class CudaQMoe final : public QMoe {
                      .sorted_row = b.sorted_row,
                      .fc1 = {b.fc1.tile_rows, b.fc1_tiles, b.fc1_tile_count, b.fc1_next_item},
                      .fc2 = {b.fc2.tile_rows, b.fc2_tiles, b.fc2_tile_count, b.fc2_next_item},
+                     .x = fc1.x,
+                     .sorted = b.sorted,
+                     .row_bytes = row_bytes,
                      .overlap = overlap},
                     stream);
       fc1.overlap = overlap;
       fc1.tiles_are_new = true;
-      if (Quantizes()) QuantizeX(b, tokens, fc1, stream);
-      if (b.sorted != nullptr) SortX(b, rows, fc1, stream);
+      if (Quantizes() && quantize_by_expert_) QuantizeX(b, tokens, fc1, stream);
+      if (b.sorted != nullptr) fc1.x = b.sorted, fc1.x_rows = nullptr;
       fc1_.Launch(b.fc1, fc1, stream);
       if (Quantizes()) QuantizeHidden(b, rows, stream);
       fc2_.Launch(b.fc2, fc2, stream);
@@ -286,19 +294,6 @@ class CudaQMoe final : public QMoe {
                           stream);
     fc1.x = b.quantized;
     if (quantize_by_expert_) fc1.x_rows = nullptr;  // they are in sorted order already
-  }
-
-  /// Copies what fc1 reads into sorted order, and makes it read that.
-  void SortX(const Buffers& b, int rows, CudaGemmArgs& fc1, cudaStream_t stream) const {
-    LaunchGather({.x = fc1.x,
-                  .row_token = b.row_token,
-                  .rows = rows,
-                  .columns = int(config_.hidden_size),
-                  .y = b.sorted,
-                  .overlap = Quantizes() ? Overlap::kNone : fc1.overlap},
-                 stream);
-    fc1.x = b.sorted;
-    fc1.x_rows = nullptr;
   }
 
   void QuantizeHidden(const Buffers& b, int64_t rows, cudaStream_t stream) const {

@@ -7,6 +7,11 @@
 
 namespace qmoe_plugin {
 
+/// Kernels before fc1 cut the tokens into slices, at most so many, and a block takes one.
+inline constexpr int kMaxSlices = 128;
+constexpr int SliceTokens(int tokens) { return (tokens - 1) / kMaxSlices + 1; }
+constexpr int Slices(int tokens) { return (tokens - 1) / SliceTokens(tokens) + 1; }
+
 struct RouteArgs {
   const void* logits;   // [T, E]
   DType logits_dtype;   // float32, float16 or bfloat16
@@ -24,7 +29,9 @@ struct RouteArgs {
 /// NaN is below everything. Their scales are softmax probabilities over all routed experts, or
 /// router_weights at those experts. Shared experts follow, their scales are sigmoids of their
 /// logits. NaN logits give NaN scales.
-void LaunchRoute(const RouteArgs& args, cudaStream_t stream);
+///
+/// slice_counts [Slices(T), E]: so many tokens of each slice go to each expert, for LaunchPermute.
+void LaunchRoute(const RouteArgs& args, int* slice_counts, cudaStream_t stream);
 void PrepareRoute();
 
 }  // namespace qmoe_plugin

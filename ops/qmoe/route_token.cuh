@@ -66,6 +66,14 @@ class TokenRouter {
     RunRouted(topk, expert_ids, scales);
   }
 
+  /// After Run: adds one to the count, in shared memory, of each of the token's experts.
+  __device__ void Count(int* counts) const {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+      if (Expert(i) < experts_ && keys_[i] == 0) atomicAdd(&counts[Expert(i)], 1);
+    for (int j = lane_; j < args_.shared; j += 32) atomicAdd(&counts[experts_ + j], 1);
+  }
+
  private:
   __device__ void RunRouted(int topk, int* expert_ids, float* scales) {
     float sum = 0;
@@ -106,10 +114,10 @@ class TokenRouter {
   /// All at once, so that their latencies overlap.
   template <class L>
   __device__ void Load(const L* logits) {
-    L values[kPerLane];
+    L values[kPerLane];  // all get a value: in a loop over tokens they would keep their registers
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i)
-      if (Expert(i) < experts_) values[i] = logits[first_ + Expert(i)];
+      values[i] = Expert(i) < experts_ ? logits[first_ + Expert(i)] : L();
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i)
       logits_[i] = Expert(i) < experts_ ? ToFloat(values[i]) : -INFINITY;

@@ -222,6 +222,11 @@ inline int atomicAdd(int* at, int value) {
   *at += value;
   return before;
 }
+inline unsigned atomicOr(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at |= value;
+  return before;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned(uint64_t(x) * y >> 32); }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {

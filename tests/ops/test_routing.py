@@ -65,6 +65,17 @@ def test_routing(router: str, router_weights: bool, normalize: bool, device: str
         )
 
 
+@pytest.mark.parametrize("router", ["ties", "one_expert"])
+@pytest.mark.parametrize(
+    ("experts", "k", "tokens"), [(40, 4, 129), (60, 6, 700), (300, 3, 2100), (5, 2, 4500)]
+)
+def test_many_tokens(experts: int, k: int, tokens: int, router: str, device: str) -> None:
+    """Blocks of the GPU's kernels have several tokens, in several rounds."""
+    sizes = {"hidden": 32, "inter": 16, "block_size": 16}
+    case = Case(**sizes, dtype="float16", experts=experts, k=k, tokens=tokens, router=router)
+    verify(case, device=device)
+
+
 @pytest.mark.parametrize("router_dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_router_type_and_rank(dtype: str, router_dtype: str, device: str) -> None:
