@@ -141,6 +141,23 @@ __device__ inline void PrefetchL2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+/// Adds and returns what was there. Before it come this thread's writes and those that it knows of, after it others' before theirs.
+__device__ inline int AddAcquireRelease(int* at, int value) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(at), "r"(value)
+               : "memory");
+  return before;
+}
+
+/// Past L1, which does not see what other multiprocessors write.
+__device__ inline float LoadL2(const float* p) {
+  float v;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
+}
+
 /// The lesser and the greater of two; NaN if either is.
 __device__ inline float MinOrNan(float x, float y) {
   float least;

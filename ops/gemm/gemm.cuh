@@ -98,6 +98,10 @@ struct FusedRoute {
   bool x_is_tokens;  // x has a row a token (fc1), not a row a sorted row (fc2)
   RouteArgs route;   // expert_ids is ignored; scales are written unless null
   int* sorted_row;   // [T, k] written unless null
+  // For one token fc2 adds up what the experts give; nothing of scales, sorted_row or unpermute is needed then.
+  int* arrivals;      // [arrival_count] units of each row tile that are done; fc1 clears it
+  int arrival_count;  // row tiles of fc2
+  void* output;       // [N] of fc2; null in fc1 and for more tokens
 };
 
 /// Registry entry: what Kernel::launch points to. All thread-safe.

@@ -13,7 +13,8 @@
 //              are added in the order of k
 //
 // Rows of x that are not there repeat row 0 and are not stored: columns of an mma do not mix. With few tokens it routes by
-// itself (ops/gemm/fused_route.cuh), and fc2 starts while fc1 runs. Refuses more rows than pay, and rows of x that do not fit.
+// itself (ops/gemm/fused_route.cuh), and fc2 starts while fc1 runs; with one token fc2 also adds up what the experts give.
+// Refuses more rows than pay, and rows of x that do not fit.
 #pragma once
 
 #include "ops/common/cuda_host.h"
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
               const __grid_constant__ FusedRoute fused) {
   using Stage = WeightStage<F, kBlocks, kOffsets>;
   __shared__ RouteTable route;
-  __shared__ RowTile tiles[kMaxSlots];  // of the slots at hand
+  __shared__ RowTile listed[kMaxSlots];  // the slots at hand, unless they are in `route`
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t ring = SharedAddress(DynamicShared()) + warp * Stage::kRing;
   asm volatile("" : "+r"(ring));  // keep it: the compiler would rather compute it anew each time
@@ -103,10 +104,17 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
 
   if (args.tiles_are_new) WaitForPrevious();
   LetNextStart();
-  int slots = args.tiles != nullptr ? *args.tile_count : int(args.max_tiles);
-  if (fused.enabled) {
+  const bool one_token = kN == 1 && IsOneToken(fused);
+  int slots;
+  if (one_token) {
+    RouteOneToken(fused, route);
+    ClearArrivals(fused);
+    slots = fused.route.topk;
+  } else if (fused.enabled) {
     RouteInBlock(fused, route);
     slots = route.slots;
+  } else {
+    slots = args.tiles != nullptr ? *args.tile_count : int(args.max_tiles);
   }
   const int units = slots * args.row_tiles, k_tiles = (args.k + kTileK - 1) / kTileK;
   int begin, block_end;
@@ -120,20 +128,21 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
   }
   while (begin < block_end) {
     const int first_slot = plan.row_tiles.Divide(begin);
-    if (threadIdx.x < kMaxSlots && first_slot + int(threadIdx.x) < slots) {
-      RowTile tile;
-      if (fused.enabled)
-        tile = route.tiles[first_slot + threadIdx.x];
-      else
-        GetRowTile(args, first_slot + threadIdx.x, &tile);
-      tiles[threadIdx.x] = tile;
+    const RowTile* const tiles = fused.enabled ? route.tiles + first_slot : listed;
+    if (!fused.enabled) {
+      if (threadIdx.x < kMaxSlots && first_slot + int(threadIdx.x) < slots)
+        GetRowTile(args, first_slot + threadIdx.x, listed + threadIdx.x);
+      __syncthreads();
     }
-    __syncthreads();
     // As many slots as the block needs and there is room for.
     const int wanted = min(plan.row_tiles.Divide(block_end - 1) - first_slot + 1, kMaxSlots);
     int used = 1;
-    for (int rows = tiles[0].row_count; used < wanted; ++used)
-      if ((rows += tiles[used].row_count) > plan.rows) break;
+    if (one_token) {
+      used = min(wanted, plan.rows);
+    } else {
+      for (int rows = tiles[0].row_count; used < wanted; ++used)
+        if ((rows += tiles[used].row_count) > plan.rows) break;
+    }
     const int end = min(block_end, (first_slot + used) * args.row_tiles);
 
     // This warp's k tiles [first, last) of those of units [begin, end).
@@ -159,7 +168,22 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     CopyAsyncWait<0>();
     __syncthreads();
 
+    // The unit that this warp's range begins inside of is its to finish, unless an earlier warp's does too.
+    const int earlier = warp > 0 ? (warp - 1) * total / kWarps : 0;
+    const bool finishes = first > first_unit * k_tiles && earlier <= first_unit * k_tiles;
+    const int last_slot = plan.row_tiles.Divide(begin + first_unit);
+    const int last_row_tile = begin + first_unit - last_slot * args.row_tiles;
+    const RowTile& last_tile = tiles[last_slot - first_slot];
+    UnitEnd last_end{};  // on its way while the warp multiplies
+    if (finishes) last_end = LoadUnitEnd(args, last_tile.expert, last_row_tile, lane);
+
     float sums[kN][4] = {};
+    const auto finish = [&](const RowTile& tile, int row_tile, const UnitEnd& unit_end) {
+      Finish<T, kN>(args, tile, row_tile, lane, sums, unit_end);
+      if constexpr (kN == 1) {
+        if (fused.output != nullptr) AddUpExperts<T>(args, fused, route, row_tile, lane);
+      }
+    };
     int stage = 0;
     for (int position = first; position < last;) {
       // The part of a unit that is this warp's.
@@ -203,7 +227,8 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
         multiply.template operator()<kN>();
       position = unit_last;
       if (whole) {
-        Finish<T, kN>(args, tiles[slot], begin + unit - all_slot * args.row_tiles, lane, sums);
+        const int row_tile = begin + unit - all_slot * args.row_tiles;
+        finish(tiles[slot], row_tile, LoadUnitEnd(args, tiles[slot].expert, row_tile, lane));
       } else {
         const int part = warp * 2 + (unit != first_unit);
 #pragma unroll
@@ -218,9 +243,7 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     }
     __syncthreads();
 
-    // The unit that this warp's range begins inside of, unless an earlier warp's does too.
-    const int earlier = warp > 0 ? (warp - 1) * total / kWarps : 0;
-    if (first > first_unit * k_tiles && earlier <= first_unit * k_tiles) {
+    if (finishes) {
       for (int w = warp - 1; w < kWarps; ++w) {
         const int from = w * total / kWarps, to = (w + 1) * total / kWarps;
         if (from == to) continue;
@@ -232,9 +255,7 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
         }
         if (to >= (first_unit + 1) * k_tiles) break;
       }
-      const int slot = plan.row_tiles.Divide(begin + first_unit);
-      Finish<T, kN>(args, tiles[slot - first_slot], begin + first_unit - slot * args.row_tiles,
-                    lane, sums);
+      finish(last_tile, last_row_tile, last_end);
     }
     __syncthreads();  // the next round may overwrite
     begin = end;
@@ -303,7 +324,7 @@ struct Gemm {
     return plan;
   }
 
-  static constexpr int kStaticBytes = 3 << 10;  // of shared memory, at most
+  static constexpr int kStaticBytes = 4 << 10;  // of shared memory, at most
   static_assert(sizeof(RouteTable) + kMaxSlots * sizeof(RowTile) <= kStaticBytes);
 
   /// Shared memory but for x: parts and rings.

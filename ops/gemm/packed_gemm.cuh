@@ -30,6 +30,7 @@ class PackedGemm {
   Choice Choose(int64_t rows) const;
 
   const PackedHeader& header() const { return weights_.header; }
+  int64_t row_tiles() const { return weights_.shape.row_tiles; }
 
   /// Arguments with everything about the weights filled in.
   CudaGemmArgs Args(const Choice& choice) const;

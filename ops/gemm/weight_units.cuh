@@ -87,14 +87,23 @@ __device__ void StageX(const CudaGemmArgs& args, const Plan& plan, const RowTile
   CopyAsyncCommit();
 }
 
+/// Row scales and biases of a lane's tile rows, g and g + 8.
+struct UnitEnd {
+  float2 scale, bias;
+};
+
+__device__ inline UnitEnd LoadUnitEnd(const CudaGemmArgs& args, int expert, int row_tile,
+                                      int lane) {
+  const int64_t at = (int64_t(expert) * args.row_tiles + row_tile) * kTileRows + lane / 4 * 2;
+  UnitEnd end{*reinterpret_cast<const float2*>(args.row_scales + at), make_float2(0.0f, 0.0f)};
+  if (args.bias != nullptr) end.bias = *reinterpret_cast<const float2*>(args.bias + at);
+  return end;
+}
+
 /// Row scale, bias, activation; stores what lane (g, t) has of a unit: tile rows g and g + 8 of rows 8 n + 2t, 2t + 1 of x.
 template <class T, int kN>
 __device__ void Finish(const CudaGemmArgs& args, const RowTile& tile, int row_tile, int lane,
-                       const float (&sums)[kN][4]) {
-  const int64_t at = (int64_t(tile.expert) * args.row_tiles + row_tile) * kTileRows + lane / 4 * 2;
-  const float2 scale = *reinterpret_cast<const float2*>(args.row_scales + at);
-  const float2 bias = args.bias != nullptr ? *reinterpret_cast<const float2*>(args.bias + at)
-                                           : make_float2(0.0f, 0.0f);
+                       const float (&sums)[kN][4], const UnitEnd& end) {
   const int per_tile = args.gated ? kTileRows / 2 : kTileRows;
   const int column = row_tile * per_tile + lane / 4, columns = args.gated ? args.n / 2 : args.n;
 #pragma unroll
@@ -103,13 +112,31 @@ __device__ void Finish(const CudaGemmArgs& args, const RowTile& tile, int row_ti
     for (int c = 0; c < 2; ++c) {
       const int row = n * 8 + lane % 4 * 2 + c;
       if (row >= tile.row_count) continue;
-      const float v = sums[n][c] * scale.x + bias.x, u = sums[n][c + 2] * scale.y + bias.y;
+      const float v = sums[n][c] * end.scale.x + end.bias.x;
+      const float u = sums[n][c + 2] * end.scale.y + end.bias.y;
       const int64_t y_row = tile.row_begin + row;
       if (column < columns) StoreY<T>(args, y_row, column, Activate(args.activation, v, u));
       if (!args.gated && column + 8 < columns)
         StoreY<T>(args, y_row, column + 8, Activate(args.activation, u, 0.0f));
     }
   }
+}
+
+/// Called by the warp that has finished a unit of fc2 for one token, whose expert j has row j of y. The last one of a row tile adds
+/// up what the experts give, in the order of j whoever is last, and rounds once.
+template <class T>
+__device__ void AddUpExperts(const CudaGemmArgs& args, const FusedRoute& fused,
+                             const RouteTable& table, int row_tile, int lane) {
+  __syncwarp();
+  int before = 0;
+  if (lane == 0) before = AddAcquireRelease(fused.arrivals + row_tile, 1);
+  if (__shfl_sync(0xffffffff, before, 0) != fused.route.topk - 1) return;
+  const int column = row_tile * kTileRows + lane;
+  if (lane >= kTileRows || column >= args.n) return;
+  const float* y = static_cast<const float*>(args.y) + column;
+  float sum = 0;
+  for (int j = 0; j < fused.route.topk; ++j, y += args.y_stride) sum += table.scales[j] * LoadL2(y);
+  static_cast<T*>(fused.output)[column] = FromFloat<T>(sum);
 }
 
 }  // namespace qmoe_plugin::gemv_sm80

@@ -84,6 +84,7 @@ class CudaMatMulNBits final : public MatMulNBits {
     args.max_tiles = (tensors.m + choice.tile_rows - 1) / choice.tile_rows;
     args.y = tensors.y;
     args.y_stride = config_.n;
+    if (CanOverlap(device_.sm)) args.overlap = Overlap::kPrevious;
     gemm_.Launch(choice, args, stream);
   }
 

@@ -1,7 +1,7 @@
 // QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute. Where fc1's kernel wants the rows of x sorted, permute
 // copies them into the workspace. With quantised activations x is quantised into the workspace, before route, or before fc1 where
 // it needs to know the experts; the hidden rows in place before fc2. For few tokens fc1 and fc2 route by themselves where their
-// kernels can, and three launches are left.
+// kernels can, and three launches are left; for one token fc2 adds up what its experts give, and two are left.
 //
 // Long inputs are processed in chunks of tokens, one after the other in the same workspace, so that
 // the intermediate rows take at most kChunkBytes. Each token's output depends on its own input row
@@ -109,6 +109,7 @@ class CudaQMoe final : public QMoe {
     int* expert_offsets;  // [E + 1]
     int* row_token;       // [T * k]
     int* sorted_row;      // [T, k]
+    int* arrivals;        // [row tiles of fc2]
     RowTile *fc1_tiles, *fc2_tiles;
     int *fc1_tile_count, *fc2_tile_count, *fc1_next_item, *fc2_next_item;
     // x for fc1; null = not needed, or, of `sorted`, done when it was quantised.
@@ -153,6 +154,7 @@ class CudaQMoe final : public QMoe {
     b.expert_offsets = arena.Take<int>(config_.experts + 1);
     b.row_token = arena.Take<int>(rows);
     b.sorted_row = arena.Take<int>(rows);
+    b.arrivals = arena.Take<int>(fc2_.row_tiles());
     b.fc1_tiles = arena.Take<RowTile>(b.fc1_max_tiles);
     b.fc2_tiles = arena.Take<RowTile>(b.fc2_max_tiles);
     b.fc1_tile_count = arena.Take<int>(1);
@@ -204,14 +206,21 @@ class CudaQMoe final : public QMoe {
     fc2.overlap = overlap;
 
     if (MayFuse(tokens, b)) {
-      FusedRoute fused{.enabled = true, .x_is_tokens = true, .route = route, .sorted_row = nullptr};
-      fused.route.scales = nullptr;
+      FusedRoute fc1_route{}, fc2_route{};
+      fc1_route.enabled = fc2_route.enabled = true;
+      fc1_route.route = fc2_route.route = route;
+      fc1_route.x_is_tokens = true;
+      fc1_route.route.scales = nullptr;
+      fc2_route.sorted_row = b.sorted_row;
+      if (tokens == 1) {
+        fc1_route.arrivals = fc2_route.arrivals = b.arrivals;
+        fc1_route.arrival_count = fc2_route.arrival_count = fc2.row_tiles;
+        fc2_route.output = static_cast<char*>(tensors.output) + first * row_bytes;
+      }
       fc1.tiles = fc2.tiles = nullptr;
-      fc1_.LaunchRouted(b.fc1, fc1, fused, stream);
-      fc2_.LaunchRouted(
-          b.fc2, fc2,
-          {.enabled = true, .x_is_tokens = false, .route = route, .sorted_row = b.sorted_row},
-          stream);
+      fc1_.LaunchRouted(b.fc1, fc1, fc1_route, stream);
+      fc2_.LaunchRouted(b.fc2, fc2, fc2_route, stream);
+      if (tokens == 1) return;
     } else {
       if (Quantizes() && !quantize_by_expert_) QuantizeX(b, tokens, fc1, stream);
       LaunchRoute(route, b.slice_counts, stream);

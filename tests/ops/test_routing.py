@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.cases import QMoECase, feeds_of
 from helpers.dtypes import FLOAT_DTYPES
-from helpers.run import open_session, run, run_case
+from helpers.run import bits_of, open_session, run, run_case
 from helpers.tolerance import check
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -63,6 +63,38 @@ def test_routing(router: str, router_weights: bool, normalize: bool, device: str
             ),
             device=device,
         )
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_one_token(dtype: str, router: str, device: str) -> None:
+    """The GPU routes a single token by itself, and adds up its experts in fc2."""
+    mixer = router != "few"  # the sparse mixer makes NaN of a single finite logit
+    for options in (
+        {"experts": 1, "k": 1, "hidden": 48, "inter": 32},
+        {"experts": 8, "k": 2, "hidden": 208, "inter": 336, "sparse_mixer": mixer},
+        {"experts": 33, "k": 5, "hidden": 1008, "inter": 80, "shared": 1},
+        {"experts": 64, "k": 64, "hidden": 32, "inter": 16},
+        {"experts": 256, "k": 8, "hidden": 96, "inter": 64, "router_dtype": "float32"},
+    ):
+        verify(Case(dtype=dtype, router=router, tokens=1, block_size=16, **options), device=device)
+
+
+def test_one_token_after_another(device: str) -> None:
+    """What one run leaves behind does not show in the next."""
+    case = Case(dtype="float16", experts=32, k=4, hidden=736, inter=352, tokens=1)
+    session = open_session(case.model(case.tensors()), device)
+    rng = np.random.default_rng(case.seed)
+    inputs = []
+    for _ in range(3):
+        tensors = case.tensors()
+        for name in ("input", "router_probs"):
+            tensors[name] = rng.standard_normal(tensors[name].shape).astype(np.float16)
+        inputs.append(tensors)
+    results = [run(session, feeds_of(tensors)) for tensors in inputs * 5]
+    for index, result in enumerate(results):
+        check(case, inputs[index % 3], result)
+        assert bits_of(result) == bits_of(results[index % 3])
 
 
 @pytest.mark.parametrize("router", ["ties", "one_expert"])
