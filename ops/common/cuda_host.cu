@@ -35,14 +35,14 @@ void CopyToDevice(int device, void* target, const void* source, size_t bytes) {
   CheckCuda(status, "copying weights to the GPU");
 }
 
-bool CanOverlap(int sm) {
+Overlap OverlapOn(int sm) {
   constexpr int kFirstDriver = 12030;  // older ones cannot capture such launches
   static const int driver = [] {
     int version = 0;
     cudaDriverGetVersion(&version);
     return version;
   }();
-  return sm >= 90 && driver >= kFirstDriver;
+  return sm >= 90 && driver >= kFirstDriver ? Overlap::kPrevious : Overlap::kNone;
 }
 
 void PrepareKernel(const char* name, const void* kernel, size_t shared_bytes) {

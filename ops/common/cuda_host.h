@@ -66,8 +66,8 @@ void PrepareKernel(const char* name, const void* kernel, size_t shared_bytes = 0
 /// (ops/common/ptx.cuh) before it reads what that one writes, in at least one thread of every block.
 enum class Overlap { kNone, kPrevious };
 
-/// Whether this device and driver can overlap kernels, also in captured graphs.
-bool CanOverlap(int sm);
+/// What this device and driver can, also in captured graphs.
+Overlap OverlapOn(int sm);
 
 /// Launches `kernel` and throws Error if that fails. Not for zero blocks.
 template <class... Params, class... Args>

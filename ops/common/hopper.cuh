@@ -146,6 +146,8 @@ __device__ inline uint64_t SwizzledOperand(uint32_t address) {
 // Lists of registers for the inline assembly below: %0 to %15, to %31, ...
 #define QMOE_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define QMOE_R32 QMOE_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define QMOE_R24 QMOE_R16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define QMOE_R40 QMOE_R32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define QMOE_R48 QMOE_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define QMOE_R64 QMOE_R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define QMOE_R80 QMOE_R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
@@ -155,9 +157,12 @@ __device__ inline uint64_t SwizzledOperand(uint32_t address) {
 #define QMOE_R128 \
   QMOE_R112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define QMOE_SUMS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define QMOE_SUMS8(i) QMOE_SUMS4(i), QMOE_SUMS4(i + 4)
 #define QMOE_SUMS16(i) QMOE_SUMS4(i), QMOE_SUMS4(i + 4), QMOE_SUMS4(i + 8), QMOE_SUMS4(i + 12)
 #define QMOE_D16 QMOE_SUMS16(0)
 #define QMOE_D32 QMOE_D16, QMOE_SUMS16(16)
+#define QMOE_D24 QMOE_D16, QMOE_SUMS8(16)
+#define QMOE_D40 QMOE_D32, QMOE_SUMS8(32)
 #define QMOE_D48 QMOE_D32, QMOE_SUMS16(32)
 #define QMOE_D64 QMOE_D48, QMOE_SUMS16(48)
 #define QMOE_D80 QMOE_D64, QMOE_SUMS16(64)
@@ -173,21 +178,22 @@ __device__ inline uint64_t SwizzledOperand(uint32_t address) {
       "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", add, 1, 1, 0;}"               \
       : QMOE_D##sums                                                                    \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_operand))
-#define QMOE_WGMMA_SIZES(type)                         \
-  QMOE_WGMMA(32, 16, 16, 17, 18, 19, 20, type);        \
-  QMOE_WGMMA(64, 32, 32, 33, 34, 35, 36, type);        \
-  QMOE_WGMMA(96, 48, 48, 49, 50, 51, 52, type);        \
-  QMOE_WGMMA(128, 64, 64, 65, 66, 67, 68, type);       \
-  QMOE_WGMMA(160, 80, 80, 81, 82, 83, 84, type);       \
-  QMOE_WGMMA(192, 96, 96, 97, 98, 99, 100, type);      \
-  QMOE_WGMMA(224, 112, 112, 113, 114, 115, 116, type); \
+#define QMOE_WGMMA_SIZES(type)                    \
+  QMOE_WGMMA(32, 16, 16, 17, 18, 19, 20, type);   \
+  QMOE_WGMMA(48, 24, 24, 25, 26, 27, 28, type);   \
+  QMOE_WGMMA(64, 32, 32, 33, 34, 35, 36, type);   \
+  QMOE_WGMMA(80, 40, 40, 41, 42, 43, 44, type);   \
+  QMOE_WGMMA(96, 48, 48, 49, 50, 51, 52, type);   \
+  QMOE_WGMMA(128, 64, 64, 65, 66, 67, 68, type);  \
+  QMOE_WGMMA(160, 80, 80, 81, 82, 83, 84, type);  \
+  QMOE_WGMMA(192, 96, 96, 97, 98, 99, 100, type); \
   QMOE_WGMMA(256, 128, 128, 129, 130, 131, 132, type);
 
 /// d[64 x kN] += a[64 x 16] b[16 x kN] in float32, by the 4 warps of a warpgroup, in the background. Warp w has rows 16 w to 16 w +
 /// 15; it holds a as mma.m16n8k16 does, and d as kN / 8 of that instruction's results one after the other.
 template <class T, int kN>
 __device__ void Wgmma(float* d, const uint32_t (&a)[4], uint64_t b_operand) {
-  static_assert(kN % 32 == 0 && kN <= 256, "add it above");
+  static_assert(kN % 16 == 0 && kN <= 256, "add it above");
 #ifdef QMOE_HOPPER
   if constexpr (std::is_same_v<T, __half>) {
     QMOE_WGMMA_SIZES("f16")
@@ -205,9 +211,12 @@ __device__ void Wgmma(float* d, const uint32_t (&a)[4], uint64_t b_operand) {
 #undef QMOE_D80
 #undef QMOE_D64
 #undef QMOE_D48
+#undef QMOE_D40
 #undef QMOE_D32
+#undef QMOE_D24
 #undef QMOE_D16
 #undef QMOE_SUMS16
+#undef QMOE_SUMS8
 #undef QMOE_SUMS4
 #undef QMOE_R128
 #undef QMOE_R112
@@ -215,7 +224,9 @@ __device__ void Wgmma(float* d, const uint32_t (&a)[4], uint64_t b_operand) {
 #undef QMOE_R80
 #undef QMOE_R64
 #undef QMOE_R48
+#undef QMOE_R40
 #undef QMOE_R32
+#undef QMOE_R24
 #undef QMOE_R16
 
 }  // namespace qmoe_plugin

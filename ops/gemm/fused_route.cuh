@@ -18,44 +18,74 @@ struct RouteTable {
   int row_token[kFusedRows];   // of each sorted row
   RowTile tiles[kFusedRows];   // of each slot
   // Of a single token:
-  float scales[kFusedRows];      // [k], in fc2
-  uint32_t keys[kFusedExperts];  // of the logits, in fc1
+  float scales[kFusedRows];                 // [k], in fc2
+  alignas(16) int64_t keys[kFusedExperts];  // of experts, in fc1
 };
 
 __device__ inline bool IsOneToken(const FusedRoute& args) {
   return args.enabled && args.route.tokens == 1;
 }
 
+/// How many of 32 keys are larger. All are below 2^63: a difference's sign takes fewer instructions than a comparison.
+__device__ inline int CountLarger(const int64_t* keys, int64_t key) {
+  int larger = 0;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) larger += int(uint64_t(key - keys[i]) >> 63);
+  return larger;
+}
+
+/// Of fc1 for one token: the tiles of its routed experts. Each warp counts for 32 experts how many of them come before it, and then all
+/// count among the first ones of each warp.
+__device__ inline void OrderExperts(const RouteArgs& route, RouteTable& table) {
+  const int experts = route.experts - route.shared, topk = route.topk - route.shared;
+  const int thread = threadIdx.x, warp = thread / 32;
+  const int warps = (experts + 31) / 32, kept = min(topk, 32), candidates = warps * kept;
+  const auto place = [&](int64_t key, int before) {
+    if (before < topk)
+      table.tiles[before] = {kFusedExperts - 1 - int(key % kFusedExperts), before, 1};
+  };
+  int64_t key = 0;
+  int before = 0;
+  if (warp < warps) {
+    // No two are equal: of equal logits the lower index has the larger key. Experts that do not exist are below all.
+    if (thread < experts) key = OrderedKey(LoadAsFloat(route.logits, route.logits_dtype, thread));
+    key = key * kFusedExperts + (kFusedExperts - 1 - thread);
+    table.keys[thread] = key;
+    __syncwarp();
+    before = CountLarger(table.keys + warp * 32, key);
+  }
+  if (warps == 1) {
+    if (warp == 0) place(key, before);
+    return;
+  }
+  __syncthreads();  // all have read before any writes
+  if (warp < warps && before < kept) table.keys[warp * kept + before] = key;
+  if (thread >= candidates && thread < kFusedExperts) table.keys[thread] = 0;
+  __syncthreads();
+  if (thread >= candidates) return;
+  key = table.keys[thread];
+  before = 0;
+  for (int first = 0; first < candidates; first += 32)
+    before += CountLarger(table.keys + first, key);
+  place(key, before);
+}
+
 /// RouteInBlock for one token. Slots are its experts as routing orders them; there are route.topk of them.
 ///
 /// In fc2, which starts while fc1 runs, the first warp routes. fc1 cannot read a weight before it knows the experts, and needs no
-/// scales: all threads together count for each expert those that come before it.
+/// scales: all threads together find them.
 __device__ inline void RouteOneToken(const FusedRoute& args, RouteTable& table) {
   const RouteArgs& route = args.route;
-  const int thread = threadIdx.x, topk = route.topk - route.shared;
+  const int thread = threadIdx.x, routed = route.topk - route.shared;
   if (args.output != nullptr) {
     if (thread < 32)
       TokenRouter<kFusedExperts / 32>(route, 0, thread).Run(table.expert_ids, table.scales);
     __syncthreads();
     if (thread < route.topk) table.tiles[thread] = {table.expert_ids[thread], thread, 1};
   } else {
-    const int experts = route.experts - route.shared;
-    if (thread < experts)
-      table.keys[thread] = OrderedKey(LoadAsFloat(route.logits, route.logits_dtype, thread));
-    __syncthreads();
-    constexpr int kLanes = 4;  // that share an expert
-    for (int first = 0; first < experts; first += blockDim.x / kLanes) {
-      const int expert = first + thread / kLanes;
-      const uint32_t key = expert < experts ? table.keys[expert] : 0;
-      int before = 0;
-      for (int other = thread % kLanes; other < experts; other += kLanes)
-        before += table.keys[other] > key || (table.keys[other] == key && other < expert);
-      before += __shfl_xor_sync(0xffffffff, before, 1);
-      before += __shfl_xor_sync(0xffffffff, before, 2);
-      if (expert < experts && before < topk && thread % kLanes == 0)
-        table.tiles[before] = {expert, before, 1};
-    }
-    if (thread < route.shared) table.tiles[topk + thread] = {experts + thread, topk + thread, 1};
+    OrderExperts(route, table);
+    if (thread < route.shared)
+      table.tiles[routed + thread] = {route.experts - route.shared + thread, routed + thread, 1};
   }
   if (thread < route.topk) table.row_token[thread] = 0;
   __syncthreads();
@@ -63,7 +93,7 @@ __device__ inline void RouteOneToken(const FusedRoute& args, RouteTable& table) 
 
 /// For fc1: clears the counts of what is done in fc2, which starts to count when fc1 has ended.
 __device__ inline void ClearArrivals(const FusedRoute& args) {
-  if (args.arrivals == nullptr || args.output != nullptr || blockIdx.x != 0) return;
+  if (blockIdx.x != 0) return;
   for (int i = threadIdx.x; i < args.arrival_count; i += blockDim.x) args.arrivals[i] = 0;
 }
 

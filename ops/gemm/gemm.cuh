@@ -99,8 +99,8 @@ struct FusedRoute {
   RouteArgs route;   // expert_ids is ignored; scales are written unless null
   int* sorted_row;   // [T, k] written unless null
   // For one token fc2 adds up what the experts give; nothing of scales, sorted_row or unpermute is needed then.
-  int* arrivals;      // [arrival_count] units of each row tile that are done; fc1 clears it
-  int arrival_count;  // row tiles of fc2
+  int* arrivals;      // [row tiles of fc2] units of each that are done; fc1 clears them
+  int arrival_count;  // so many to clear; 0 in fc2
   void* output;       // [N] of fc2; null in fc1 and for more tokens
 };
 

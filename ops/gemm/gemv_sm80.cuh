@@ -104,9 +104,8 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
 
   if (args.tiles_are_new) WaitForPrevious();
   LetNextStart();
-  const bool one_token = kN == 1 && IsOneToken(fused);
   int slots;
-  if (one_token) {
+  if (kN == 1 && IsOneToken(fused)) {
     RouteOneToken(fused, route);
     ClearArrivals(fused);
     slots = fused.route.topk;
@@ -137,22 +136,20 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     // As many slots as the block needs and there is room for.
     const int wanted = min(plan.row_tiles.Divide(block_end - 1) - first_slot + 1, kMaxSlots);
     int used = 1;
-    if (one_token) {
-      used = min(wanted, plan.rows);
-    } else {
-      for (int rows = tiles[0].row_count; used < wanted; ++used)
-        if ((rows += tiles[used].row_count) > plan.rows) break;
-    }
+    for (int rows = tiles[0].row_count; used < wanted; ++used)
+      if ((rows += tiles[used].row_count) > plan.rows) break;
     const int end = min(block_end, (first_slot + used) * args.row_tiles);
 
-    // This warp's k tiles [first, last) of those of units [begin, end).
+    // This warp's k tiles [first, last) of those of units [begin, end), and the unit that they begin in.
     const int total = (end - begin) * k_tiles;
     const int first = warp * total / kWarps, last = (warp + 1) * total / kWarps;
     const int first_unit = plan.k_tiles.Divide(first);  // of the block's
-    const int load_slot = plan.row_tiles.Divide(begin + first_unit);
-    WeightStream<F, kBlocks, kOffsets> stream(
-        args, ring, tiles + load_slot - first_slot, begin + first_unit - load_slot * args.row_tiles,
-        first - first_unit * k_tiles, last - first, k_tiles, lane);
+    const int unit_slot = plan.row_tiles.Divide(begin + first_unit);
+    const int first_row_tile = begin + first_unit - unit_slot * args.row_tiles;
+    const RowTile* const first_tile = tiles + unit_slot - first_slot;
+    WeightStream<F, kBlocks, kOffsets> stream(args, ring, first_tile, first_row_tile,
+                                              first - first_unit * k_tiles, last - first, k_tiles,
+                                              lane);
     for (int i = 0; i < Stage::kDepth - 1; ++i) stream.Load(args);
     for (int unit = begin + threadIdx.x; unit < end; unit += kThreads) {
       const int slot = plan.row_tiles.Divide(unit);
@@ -168,14 +165,11 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     CopyAsyncWait<0>();
     __syncthreads();
 
-    // The unit that this warp's range begins inside of is its to finish, unless an earlier warp's does too.
+    // A unit that this warp's range begins inside of is its to finish, unless an earlier warp's does too.
     const int earlier = warp > 0 ? (warp - 1) * total / kWarps : 0;
     const bool finishes = first > first_unit * k_tiles && earlier <= first_unit * k_tiles;
-    const int last_slot = plan.row_tiles.Divide(begin + first_unit);
-    const int last_row_tile = begin + first_unit - last_slot * args.row_tiles;
-    const RowTile& last_tile = tiles[last_slot - first_slot];
-    UnitEnd last_end{};  // on its way while the warp multiplies
-    if (finishes) last_end = LoadUnitEnd(args, last_tile.expert, last_row_tile, lane);
+    UnitEnd first_end{};  // on its way while the warp multiplies
+    if (finishes) first_end = LoadUnitEnd(args, first_tile->expert, first_row_tile, lane);
 
     float sums[kN][4] = {};
     const auto finish = [&](const RowTile& tile, int row_tile, const UnitEnd& unit_end) {
@@ -255,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
         }
         if (to >= (first_unit + 1) * k_tiles) break;
       }
-      finish(last_tile, last_row_tile, last_end);
+      finish(*first_tile, first_row_tile, first_end);
     }
     __syncthreads();  // the next round may overwrite
     begin = end;

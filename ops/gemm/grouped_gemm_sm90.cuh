@@ -1,11 +1,11 @@
 // grouped_gemm_sm90: float16 and bfloat16 on Hopper's warpgroup tensor instructions, from some rows an expert on.
 //
 //   grid       persistent: one or two blocks a multiprocessor take work items as they get free (ItemQueue in pipeline_sm90.cuh)
-//   block      128 or 256 weight rows, half of them for each of two warpgroups that multiply, by up to 32, 128 or 256 rows of x; and a
+//   block      128 or 256 weight rows, half of them for each of two warpgroups that multiply, by up to 32, 96, 128 or 256 rows of x; and a
 //              warpgroup whose first thread loads all that by tensor copies (Produce). Rows of x are sorted beforehand
 //   multiply   a warpgroup has 1 or 2 stacks of 4 row tiles (64 rows, a warp each) as register operand A, decoded and scaled while
 //              the tensor cores work on the part before, and all rows of x as operand B in swizzled shared memory: wgmma m64nNk16,
-//              N being a multiple of 32 that holds the tile's rows
+//              N being a multiple of 16 that holds the tile's rows
 //   epilogue   epilogue_sm90.cuh
 //
 // Block scales are folded into the weights (decode_sm90.cuh). Two blocks share a multiprocessor where tiles are small: decoding limits
@@ -21,9 +21,10 @@
 
 namespace qmoe_plugin::grouped_gemm_sm90 {
 
-inline constexpr int kMinRows = 9;               // an expert; fewer are gemv_sm80's
-inline constexpr int kFewestBlocks = 60;         // without experts
-inline constexpr int kMaxRowsInTwoStacks = 112;  // an expert
+inline constexpr int kMinRows = 9;        // an expert; fewer are gemv_sm80's
+inline constexpr int kFewestBlocks = 60;  // without experts
+/// Rows an expert on average, up to which tiles have 32, 96 and 128 rows; hardly one then has more than a tile.
+inline constexpr int kMaxRowsOf32 = 20, kMaxRowsOf96 = 68, kMaxRowsOf128 = 112;
 
 template <class F, int kRows, int kStacks, Offsets kOffsets>
 using Ring = RingIndex<Stage<F, kRows, kStacks, kOffsets>::kStages,
@@ -86,21 +87,31 @@ __device__ void Multiply(const CudaGemmArgs& args, const Codebook<F>& codebook, 
   BarrierArriveIf(barriers.Empty(ring.Previous()), lane == 0);
 }
 
-/// Calls fn.template operator()<n>() for a multiple of 32 that holds so many rows.
+/// Calls fn.template operator()<n>() for an n that holds so many rows. Time grows with n, but each one has registers of its own, and with
+/// more of them there are none left.
 template <int kRows, class Fn>
 __device__ void WithRows(int rows, const Fn& fn) {
   if constexpr (kRows == 32) {
     fn.template operator()<32>();
+  } else if constexpr (kRows == 96) {
+    if (rows > 80) return fn.template operator()<96>();
+    if (rows > 64) return fn.template operator()<80>();
+    if (rows > 48) return fn.template operator()<64>();
+    if (rows > 32) return fn.template operator()<48>();
+    fn.template operator()<32>();
+  } else if constexpr (kRows == 128) {
+    if (rows > 96) return fn.template operator()<128>();
+    if (rows > 80) return fn.template operator()<96>();
+    if (rows > 64) return fn.template operator()<80>();
+    fn.template operator()<64>();
   } else {
-    if constexpr (kRows == 256) {
-      if (rows > 192) return fn.template operator()<256>();
-      if (rows > 160) return fn.template operator()<192>();
-      if (rows > 128) return fn.template operator()<160>();
-    }
+    static_assert(kRows == 256);
+    if (rows > 192) return fn.template operator()<256>();
+    if (rows > 160) return fn.template operator()<192>();
+    if (rows > 128) return fn.template operator()<160>();
     if (rows > 96) return fn.template operator()<128>();
     if (rows > 64) return fn.template operator()<96>();
-    if (kRows == 256 || rows > 32) return fn.template operator()<64>();
-    if constexpr (kRows < 256) fn.template operator()<32>();
+    fn.template operator()<64>();
   }
 }
 
@@ -207,9 +218,11 @@ struct Gemm {
   /// many rows a weight is decoded once for up to 256 of them.
   static int TileRows(const GemmProblem& p) {
     const int64_t rows = RowsPerExpert(p);
-    if (rows <= (p.experts == 1 ? 32 : 20)) return 32;
-    if (p.experts == 1) return DenseTileRows(p);
-    return rows <= kMaxRowsInTwoStacks ? 128 : 256;
+    if (p.experts == 1) return rows <= 32 ? 32 : DenseTileRows(p);
+    return rows <= kMaxRowsOf32    ? 32
+           : rows <= kMaxRowsOf96  ? 96
+           : rows <= kMaxRowsOf128 ? 128
+                                   : 256;
   }
 
   /// Without experts: rows that keep all of the GPU busy for the shortest time.
@@ -252,9 +265,11 @@ struct Gemm {
       if (rows == 32)
         stacks == 1 ? with_stacks.template operator()<T, kOffsets, 32, 1>()
                     : with_stacks.template operator()<T, kOffsets, 32, 2>();
-      else  // the sums fill the registers
-        stacks == 1 ? with_stacks.template operator()<T, kOffsets, 256, 1>()
-                    : with_stacks.template operator()<T, kOffsets, 128, 2>();
+      else if (stacks == 1)  // from here on the sums fill the registers
+        with_stacks.template operator()<T, kOffsets, 256, 1>();
+      else
+        rows == 96 ? with_stacks.template operator()<T, kOffsets, 96, 2>()
+                   : with_stacks.template operator()<T, kOffsets, 128, 2>();
     };
     const auto with_type = [&]<class T>() {
       if constexpr (F::kZeroPoints)
@@ -269,7 +284,7 @@ struct Gemm {
   }
 
   static void Prepare(DType dtype, int) {
-    for (int rows : {32, 128})
+    for (int rows : {32, 96, 128})
       for (int stacks : {1, 2})
         for (Offsets offsets : {Offsets::kNone, Offsets::kIntegers, Offsets::kAny})
           WithKernel(dtype, rows, stacks, offsets, [&]<class Layout>(auto* kernel, Layout) {
@@ -288,7 +303,7 @@ struct Gemm {
   }
 
   static int Stacks(const CudaGemmArgs& args) {
-    if (args.tile_rows > 32) return args.tile_rows == 128 && args.tiles != nullptr ? 2 : 1;
+    if (args.tile_rows > 32) return args.tile_rows <= 128 && args.tiles != nullptr ? 2 : 1;
     // Two stacks share each load of x and so need less time than twice one's; but half as many items fill the GPU less evenly.
     constexpr double kTimeOfOne = 0.58;  // of two, measured
     const int64_t slots = int64_t(args.multiprocessors) * 2;

@@ -105,7 +105,7 @@ class ItemQueue {
 /// Zero offsets: none; integers, which 16 bits add to codes exactly; or any, or none where 16 bits do not hold values and scales.
 enum class Offsets { kNone, kIntegers, kAny };
 
-/// A stage of the pipeline in shared memory, and what follows from its size. kRows: rows of x in a tile, 32, 128 or 256; kStacks:
+/// A stage of the pipeline in shared memory, and what follows from its size. kRows: rows of x in a tile, 32, 96, 128 or 256; kStacks:
 /// stacks of 64 weight rows of each consumer.
 template <class F, int kRows, int kStacks, Offsets kOffsets>
 struct Stage {
@@ -120,7 +120,7 @@ struct Stage {
   static constexpr int kUsed = kZeros + (kOffsets != Offsets::kNone ? kTiles * kTileScaleBytes : 0);
   static constexpr int kBytes = (kUsed + 1023) / 1024 * 1024;  // operand B wants its alignment
   /// Rows of x that one tensor copy brings: as many as possible, or half of that. A copy costs the same whatever its size.
-  static constexpr int kBoxRows = kRows <= 32 ? 32 : 128, kHalfBoxRows = kBoxRows / 2;
+  static constexpr int kBoxRows = std::min(kRows, 128), kHalfBoxRows = kBoxRows / 2;
   /// Results of a consumer on their way out, [kStagedRows, 64 * kStacks] of 16 bits; + 16 bytes a row: no bank conflicts.
   static constexpr int kStagedRows = kRows < 64 / kStacks ? kRows : 64 / kStacks;
   static constexpr int kStagedStride = 64 * kStacks * 2 + 16;

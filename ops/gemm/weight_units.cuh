@@ -10,7 +10,7 @@ namespace qmoe_plugin::gemv_sm80 {
 
 inline constexpr int kWarps = 16, kThreads = kWarps * 32;
 inline constexpr int kMaxSlots = 4;  // that a block works on at once
-static_assert(kWarps >= kFusedTokens);
+static_assert(kWarps >= kFusedTokens && kThreads >= kFusedExperts);
 
 /// How a launch is cut.
 struct Plan {

@@ -84,7 +84,7 @@ class CudaMatMulNBits final : public MatMulNBits {
     args.max_tiles = (tensors.m + choice.tile_rows - 1) / choice.tile_rows;
     args.y = tensors.y;
     args.y_stride = config_.n;
-    if (CanOverlap(device_.sm)) args.overlap = Overlap::kPrevious;
+    args.overlap = OverlapOn(device_.sm);
     gemm_.Launch(choice, args, stream);
   }
 

@@ -109,7 +109,7 @@ class CudaQMoe final : public QMoe {
     int* expert_offsets;  // [E + 1]
     int* row_token;       // [T * k]
     int* sorted_row;      // [T, k]
-    int* arrivals;        // [row tiles of fc2]
+    int* arrivals;        // [row tiles of fc2], for one token only
     RowTile *fc1_tiles, *fc2_tiles;
     int *fc1_tile_count, *fc2_tile_count, *fc1_next_item, *fc2_next_item;
     // x for fc1; null = not needed, or, of `sorted`, done when it was quantised.
@@ -154,7 +154,7 @@ class CudaQMoe final : public QMoe {
     b.expert_offsets = arena.Take<int>(config_.experts + 1);
     b.row_token = arena.Take<int>(rows);
     b.sorted_row = arena.Take<int>(rows);
-    b.arrivals = arena.Take<int>(fc2_.row_tiles());
+    b.arrivals = tokens == 1 ? arena.Take<int>(fc2_.row_tiles()) : nullptr;
     b.fc1_tiles = arena.Take<RowTile>(b.fc1_max_tiles);
     b.fc2_tiles = arena.Take<RowTile>(b.fc2_max_tiles);
     b.fc1_tile_count = arena.Take<int>(1);
@@ -182,7 +182,7 @@ class CudaQMoe final : public QMoe {
 
     const RouteArgs route = Route(tensors, first, tokens, b);
     const int rows = int(tokens * config_.topk);
-    const Overlap overlap = CanOverlap(device_.sm) ? Overlap::kPrevious : Overlap::kNone;
+    const Overlap overlap = OverlapOn(device_.sm);
 
     CudaGemmArgs fc1 = fc1_.Args(b.fc1);
     fc1.x = static_cast<const char*>(tensors.input) + first * row_bytes;
@@ -214,7 +214,7 @@ class CudaQMoe final : public QMoe {
       fc2_route.sorted_row = b.sorted_row;
       if (tokens == 1) {
         fc1_route.arrivals = fc2_route.arrivals = b.arrivals;
-        fc1_route.arrival_count = fc2_route.arrival_count = fc2.row_tiles;
+        fc1_route.arrival_count = fc2.row_tiles;
         fc2_route.output = static_cast<char*>(tensors.output) + first * row_bytes;
       }
       fc1.tiles = fc2.tiles = nullptr;

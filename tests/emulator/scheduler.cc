@@ -155,7 +155,9 @@ void RunGrid(unsigned blocks, unsigned threads, size_t shared_bytes,
     blockIdx = {b, 0, 0};
     block.threads.clear();
     block.warps.assign((threads + 31) / 32, {});
-    block.shared.reset(static_cast<char*>(std::aligned_alloc(1024, kOffset + shared_bytes)));
+    void* shared = nullptr;  // not by aligned_alloc, which wants the size rounded up
+    if (posix_memalign(&shared, 1024, kOffset + shared_bytes) != 0) Fail("there is no memory left");
+    block.shared.reset(static_cast<char*>(shared));
     std::memset(block.shared.get(), 0xff, kOffset + shared_bytes);
     block.shared_bytes = shared_bytes;
     block.live = threads;

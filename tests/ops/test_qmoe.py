@@ -108,6 +108,16 @@ def test_tokens(format_name: str, dtype: str, tokens: int, device: str) -> None:
     verify(Case(format_name, dtype=dtype, tokens=tokens, experts=8, k=3), device=device)
 
 
+@pytest.mark.parametrize("tokens", [42, 70, 100, 130, 140, 180, 220, 300])
+@pytest.mark.parametrize("experts", [1, 4])
+def test_rows_of_an_expert(experts: int, tokens: int, device: str) -> None:
+    """Tiles of all sizes, full ones and others."""
+    sizes = {"hidden": 160, "inter": 144, "block_size": 16, "experts": experts}
+    for dtype, zero_points in (("float16", False), ("bfloat16", True)):
+        case = Case(dtype=dtype, zero_points=zero_points, tokens=tokens, **sizes)
+        verify(dataclasses.replace(case, k=min(2, experts)), device=device)
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu", "relu", "gelu", "identity"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_more_tiles_than_multiprocessors(dtype: str, activation: str, device: str) -> None:
