@@ -145,8 +145,8 @@ __device__ inline uint64_t SwizzledOperand(uint32_t address) {
 
 // Lists of registers for the inline assembly below: %0 to %15, to %31, ...
 #define QMOE_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-#define QMOE_R32 QMOE_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define QMOE_R24 QMOE_R16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define QMOE_R32 QMOE_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define QMOE_R40 QMOE_R32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define QMOE_R48 QMOE_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define QMOE_R64 QMOE_R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
@@ -160,8 +160,8 @@ __device__ inline uint64_t SwizzledOperand(uint32_t address) {
 #define QMOE_SUMS8(i) QMOE_SUMS4(i), QMOE_SUMS4(i + 4)
 #define QMOE_SUMS16(i) QMOE_SUMS4(i), QMOE_SUMS4(i + 4), QMOE_SUMS4(i + 8), QMOE_SUMS4(i + 12)
 #define QMOE_D16 QMOE_SUMS16(0)
-#define QMOE_D32 QMOE_D16, QMOE_SUMS16(16)
 #define QMOE_D24 QMOE_D16, QMOE_SUMS8(16)
+#define QMOE_D32 QMOE_D16, QMOE_SUMS16(16)
 #define QMOE_D40 QMOE_D32, QMOE_SUMS8(32)
 #define QMOE_D48 QMOE_D32, QMOE_SUMS16(32)
 #define QMOE_D64 QMOE_D48, QMOE_SUMS16(48)

@@ -284,13 +284,15 @@ struct Gemm {
   }
 
   static void Prepare(DType dtype, int) {
-    for (int rows : {32, 96, 128})
-      for (int stacks : {1, 2})
-        for (Offsets offsets : {Offsets::kNone, Offsets::kIntegers, Offsets::kAny})
-          WithKernel(dtype, rows, stacks, offsets, [&]<class Layout>(auto* kernel, Layout) {
-            PrepareKernel("grouped_gemm_sm90", reinterpret_cast<const void*>(kernel),
-                          Layout::kSharedBytes);
-          });
+    struct Tile {
+      int rows, stacks;
+    };
+    for (const Tile tile : {Tile{32, 1}, Tile{32, 2}, Tile{96, 2}, Tile{128, 2}, Tile{256, 1}})
+      for (Offsets offsets : {Offsets::kNone, Offsets::kIntegers, Offsets::kAny})
+        WithKernel(dtype, tile.rows, tile.stacks, offsets, [&]<class Layout>(auto* kernel, Layout) {
+          PrepareKernel("grouped_gemm_sm90", reinterpret_cast<const void*>(kernel),
+                        Layout::kSharedBytes);
+        });
   }
 
   /// Work items with so many stacks a consumer, if routing is even.
