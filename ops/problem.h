@@ -21,7 +21,8 @@ enum class Activation {
   kRelu,
   kGelu,    // 0.5 x (1 + erf(x / sqrt 2))
   kSilu,    // x sigmoid(x)
-  kSwiglu,  // g = min(gate, limit), u = clamp(up, -limit, limit): g sigmoid(alpha g) (u + beta)
+  kSwiglu,  // min(g sigmoid(alpha g), activated_limit) (u + beta) with g = min(gate, gate_limit)
+            // and u = clamp(up, -up_limit, up_limit)
   kGeglu,   // tanh-GELU(gate) * up
 };
 
@@ -31,7 +32,10 @@ struct ActivationParams {
   Activation type = Activation::kRelu;
   float alpha = 1.0f;
   float beta = 0.0f;
-  float limit = std::numeric_limits<float>::infinity();
+  // Infinite: no limit. Nodes have one number for the ups and for one of the other two.
+  float gate_limit = std::numeric_limits<float>::infinity();
+  float activated_limit = std::numeric_limits<float>::infinity();
+  float up_limit = std::numeric_limits<float>::infinity();
 };
 
 /// What is done to the activations that a GEMM reads (x before fc1, the activated values before

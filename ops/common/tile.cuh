@@ -173,9 +173,10 @@ __device__ inline float ActivateAs(const ActivationParams& p, float v, float u) 
     return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f));
   if constexpr (kType == Activation::kSilu) return v * Sigmoid<kFast>(v);
   if constexpr (kType == Activation::kSwiglu) {
-    const float gate = MinOrNan(v, p.limit);
-    const float up = MaxOrNan(MinOrNan(u, p.limit), -p.limit);
-    return gate * Sigmoid<kFast>(p.alpha * gate) * (up + p.beta);
+    const float gate = MinOrNan(v, p.gate_limit);
+    const float activated = MinOrNan(gate * Sigmoid<kFast>(p.alpha * gate), p.activated_limit);
+    const float up = MaxOrNan(MinOrNan(u, p.up_limit), -p.up_limit);
+    return activated * (up + p.beta);
   }
   if constexpr (kType == Activation::kGeglu) {
     const float inner = 0.79788456080286536f * (v + 0.044715f * v * v * v);

@@ -152,10 +152,13 @@ float Ungated(Activation type, float x) {
 
 float Gated(const ActivationParams& params, float gate, float up) {
   if (params.type == Activation::kGeglu) return GeluTanh(gate) * up;
-  if (gate > params.limit) gate = params.limit;
-  if (up > params.limit) up = params.limit;
-  if (up < -params.limit) up = -params.limit;
-  return TimesSigmoid(gate, params.alpha * gate) * (up + params.beta);
+  // NaN is above and below nothing, and stays.
+  if (gate > params.gate_limit) gate = params.gate_limit;
+  float activated = TimesSigmoid(gate, params.alpha * gate);
+  if (activated > params.activated_limit) activated = params.activated_limit;
+  if (up > params.up_limit) up = params.up_limit;
+  if (up < -params.up_limit) up = -params.up_limit;
+  return activated * (up + params.beta);
 }
 
 void Activate(const ActivationParams& params, const float* x, int64_t n, float* y) {

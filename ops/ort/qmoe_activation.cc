@@ -28,12 +28,14 @@ ActivationParams PlanGated(const QMoeAttributes& a, Activation type) {
     }
     return {.type = type};
   }
-  const ActivationParams params{type, a.activation_alpha, a.activation_beta,
-                                a.swiglu_limit.value_or(std::numeric_limits<float>::infinity())};
+  ActivationParams params{.type = type, .alpha = a.activation_alpha, .beta = a.activation_beta};
   QMOE_REQUIRE(std::isfinite(params.alpha) && std::isfinite(params.beta), "activation_alpha is ",
                params.alpha, " and activation_beta ", params.beta, "; both must be finite");
-  QMOE_REQUIRE(params.limit > 0, "swiglu_limit is ", params.limit,
+  const float limit = a.swiglu_limit.value_or(std::numeric_limits<float>::infinity());
+  QMOE_REQUIRE(limit > 0, "swiglu_limit is ", limit,
                "; it must be positive (leave it out for no limit)");
+  params.up_limit = limit;
+  (a.swiglu_limit_after_activation ? params.activated_limit : params.gate_limit) = limit;
   return params;
 }
 
@@ -57,6 +59,12 @@ ActivationPlan PlanActivation(const QMoeAttributes& a, bool has_fc3) {
   const Activation type = ParseActivation(a.activation_type);
   QMOE_REQUIRE(a.swiglu_fusion >= 0 && a.swiglu_fusion <= 2, "swiglu_fusion is ", a.swiglu_fusion,
                "; allowed are 0 (fc1 and fc3), 1 (interleaved) and 2 (gates, then ups)");
+  const int64_t after = a.swiglu_limit_after_activation;
+  QMOE_REQUIRE(after == 0 || after == 1, "swiglu_limit_after_activation is ", after,
+               "; it must be 0 or 1");
+  QMOE_REQUIRE(after == 0 || type == Activation::kSwiglu,
+               "swiglu_limit_after_activation is 1 with activation_type \"", a.activation_type,
+               "\"; only swiglu has a limit, so it must be 0");
   QMOE_REQUIRE(a.swiglu_fusion == 0 || IsGated(type), "swiglu_fusion is ", a.swiglu_fusion,
                " with activation_type \"", a.activation_type,
                "\"; only swiglu and geglu can be fused, so it must be 0");

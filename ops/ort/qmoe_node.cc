@@ -143,6 +143,8 @@ QMoeAttributes ReadMoEAttributes(const Attributes& node) {
   a.num_shared_experts = node.Int("num_shared_experts", a.num_shared_experts);
   a.swiglu_fusion = node.Int("swiglu_fusion", a.swiglu_fusion);
   a.swiglu_limit = node.FindFloat("swiglu_limit");
+  a.swiglu_limit_after_activation =
+      node.Int("swiglu_limit_after_activation", a.swiglu_limit_after_activation);
   a.use_sparse_mixer = node.Int("use_sparse_mixer", a.use_sparse_mixer);
   a.weights_layout = node.String("weights_layout", a.weights_layout);
   return a;

@@ -65,6 +65,7 @@ struct QMoeAttributes {
   std::string quant_type = "int";
   int64_t swiglu_fusion = 0;
   std::optional<float> swiglu_limit;
+  int64_t swiglu_limit_after_activation = 0;
   int64_t use_sparse_mixer = 0;
   std::string weights_layout;
   int64_t weights_prepacked = -1;

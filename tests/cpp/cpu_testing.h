@@ -173,6 +173,14 @@ inline const std::vector<const Kernel*>& CpuKernels(const Format* format) {
 
 inline double Sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
+/// What gpt-oss has; or a limit that cuts many gates after they were activated.
+inline ActivationParams SomeParams(Activation type, bool limit_after) {
+  ActivationParams params{.type = type, .alpha = 1.702f, .beta = 1.0f};
+  params.up_limit = limit_after ? 0.5f : 7.0f;
+  (limit_after ? params.activated_limit : params.gate_limit) = params.up_limit;
+  return params;
+}
+
 inline double Activated(const ActivationParams& p, double gate, double up) {
   switch (p.type) {
     case Activation::kIdentity:
@@ -184,8 +192,9 @@ inline double Activated(const ActivationParams& p, double gate, double up) {
     case Activation::kSilu:
       return gate * Sigmoid(gate);
     case Activation::kSwiglu: {
-      const double g = std::min<double>(gate, p.limit);
-      return g * Sigmoid(p.alpha * g) * (std::clamp<double>(up, -p.limit, p.limit) + p.beta);
+      const double g = std::min<double>(gate, p.gate_limit);
+      const double activated = std::min<double>(g * Sigmoid(p.alpha * g), p.activated_limit);
+      return activated * (std::clamp<double>(up, -p.up_limit, p.up_limit) + p.beta);
     }
     case Activation::kGeglu:  // 0.5 (1 + tanh z) = sigmoid(2 z), which does not cancel
       return gate * up * Sigmoid(2 * std::sqrt(2 / M_PI) * (gate + 0.044715 * gate * gate * gate));

@@ -161,9 +161,14 @@ void TestRowCounts() {
 /// Relative errors over a grid; of tails below 1e-4, what they are off by counts.
 void TestActivations() {
   for (const CpuIsa* isa : Isas()) {
-    for (Activation a : {Activation::kIdentity, Activation::kRelu, Activation::kGelu,
-                         Activation::kSilu, Activation::kSwiglu, Activation::kGeglu}) {
-      const ActivationParams params{.type = a, .alpha = 1.702f, .beta = 1.0f, .limit = 7.0f};
+    for (const auto& [a, limit_after] : {std::pair{Activation::kIdentity, false},
+                                         {Activation::kRelu, false},
+                                         {Activation::kGelu, false},
+                                         {Activation::kSilu, false},
+                                         {Activation::kSwiglu, false},
+                                         {Activation::kSwiglu, true},
+                                         {Activation::kGeglu, false}}) {
+      const ActivationParams params = SomeParams(a, limit_after);
       const int64_t n = quick ? 20003 : 200003;  // not a multiple of any vector
       const int64_t per_value = IsGated(a) ? 2 : 1;
       std::vector<float> x(n * per_value), y(n);

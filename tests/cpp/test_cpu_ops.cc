@@ -127,6 +127,7 @@ struct MoeCase {
   DType dtype = DType::kFloat32;
   DType router_dtype = DType::kFloat32;
   bool normalize = true, router_weights = false, sparse_mixer = false, alias = false;
+  bool limit_after = false;
   RowOrder order = RowOrder::kAsStored;
   ZeroPoints zero_points = ZeroPoints::kNone;
   const char* format = "int4";
@@ -170,7 +171,7 @@ void TestMoe(const MoeCase& c) {
   config.topk = c.topk;
   config.normalize_routing_weights = c.normalize;
   config.use_sparse_mixer = c.sparse_mixer;
-  config.activation = {.type = c.activation, .alpha = 1.702f, .beta = 1.0f, .limit = 7.0f};
+  config.activation = SomeParams(c.activation, c.limit_after);
   const MoeWeights weights{fc1.projection, c.order, fc2.projection, fc3.projection};
   const auto op = MakeQMoe(Device{}, config, weights);
   const RowReader reader1 = MakeFc1Reader(config, weights),
@@ -280,6 +281,7 @@ void TestMoes() {
   TestMoe({.tokens = 1, .alias = true});
   TestMoe({.hidden = 288, .inter = 352, .block = 32, .dtype = f16, .router_dtype = bf16});
   TestMoe({.hidden = 256, .inter = 512, .block = 256, .zero_points = ZeroPoints::kFloat});
+  TestMoe({.limit_after = true});
   TestMoe({.order = RowOrder::kHalves});
   TestMoe({.order = RowOrder::kTwoMatrices});
   TestMoe({.activation = Activation::kGeglu, .order = RowOrder::kTwoMatrices});

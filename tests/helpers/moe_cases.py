@@ -33,6 +33,7 @@ class MoECase:
     alpha: float | None = None
     beta: float | None = None
     limit: float | None = None
+    limit_after: bool = False  # the limit is of activated gates
     bias: bool = True
     normalize: bool = True
     router: str = "random"
@@ -74,6 +75,7 @@ class MoECase:
             "activation_alpha": self.alpha,
             "activation_beta": self.beta,
             "swiglu_limit": self.limit,
+            "swiglu_limit_after_activation": int(self.limit_after) or None,
             "use_sparse_mixer": int(self.sparse_mixer) or None,
             "num_shared_experts": self.shared or None,
         }

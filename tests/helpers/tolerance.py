@@ -212,6 +212,7 @@ def _activated(attrs: dict, fc1: np.ndarray, fc3: np.ndarray | None = None) -> n
         alpha=attrs["activation_alpha"],
         beta=attrs["activation_beta"],
         limit=attrs["swiglu_limit"],
+        limit_after_activation=bool(attrs["swiglu_limit_after_activation"]),
     )
 
 
@@ -230,7 +231,7 @@ def _through_activation(
         return value, slope * fc1_error
     gate, up = reference.split_gate_up(fc1, fc3, attrs["swiglu_fusion"])
     gate_error, up_error = reference.split_gate_up(fc1_error, fc3_error, attrs["swiglu_fusion"])
-    if activation == "swiglu":
+    if activation == "swiglu":  # an activated gate is never larger than min(gate, limit)
         gate = np.minimum(gate, attrs["swiglu_limit"])
         up = np.clip(up, -attrs["swiglu_limit"], attrs["swiglu_limit"]) + attrs["activation_beta"]
     return value, np.hypot(slope * gate_error * np.abs(up), np.abs(gate) * up_error)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import numpy as np
@@ -52,7 +53,9 @@ def test_activations(activation: str, dtype: str, device: str) -> None:
     if activation in (*GATED, "silu"):
         cases.append(Case(**common, fusion=0, fc3=True))
     if activation == "swiglu":
-        cases.append(Case(**common, alpha=1.702, beta=1.0, limit=0.7))
+        limited = Case(**common, alpha=1.702, beta=1.0, limit=0.7)
+        after = dataclasses.replace(limited, limit_after=True)
+        cases += [limited, after, dataclasses.replace(after, tokens=70, fusion=2)]
     verify(*cases, device=device)
 
 

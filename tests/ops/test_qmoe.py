@@ -161,6 +161,9 @@ SWIGLU_PARAMETERS = [
     {"alpha": -1.0, "beta": -0.5},
     {"beta": 1.0},
     {"limit": 1e30},
+    {"alpha": 1.702, "beta": 1.0, "limit": 0.5, "limit_after": True},
+    {"limit": 2.0, "limit_after": True},
+    {"limit_after": True},  # nothing is cut
 ]
 
 
@@ -169,6 +172,32 @@ SWIGLU_PARAMETERS = [
 def test_swiglu_parameters(dtype: str, parameters: dict, device: str) -> None:
     for tokens, fusion in itertools.product((2, 24), (1, 2)):
         verify(Case(dtype=dtype, tokens=tokens, fusion=fusion, **parameters), device=device)
+
+
+@pytest.mark.parametrize("fusion", [0, 1, 2])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_limit_after_activation(format_name: str, dtype: str, fusion: int, device: str) -> None:
+    """In every format, and with rows for each kernel; com.microsoft has it in few of them."""
+    common = {"dtype": dtype, "alpha": 1.702, "limit": 0.5, "limit_after": True}
+    verify(
+        Case(format_name, tokens=1, fusion=fusion, fc3=fusion == 0, **common),
+        Case(format_name, tokens=20, fusion=fusion, fc3=fusion == 0, **common),
+        Case(format_name, tokens=150, experts=2, fusion=fusion, **common),
+        device=device,
+    )
+
+
+@pytest.mark.parametrize("limit_after", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_limits_keep_nan(dtype: str, limit_after: bool, device: str) -> None:
+    """NaN in one gate or one up is NaN in the result, cut or not, few rows or many."""
+    for tokens, row in itertools.product((1, 70), (0, 1)):
+        case = Case(dtype=dtype, tokens=tokens, experts=2, limit=0.5, limit_after=limit_after)
+        tensors = case.tensors()
+        tensors["fc1_experts_bias"][:, row] = np.nan
+        result = run(open_session(case.model(tensors), device), feeds_of(tensors))
+        assert np.isnan(result.astype(np.float64)).all()
 
 
 def test_geglu_takes_no_swiglu_parameters(device: str) -> None:

@@ -213,6 +213,23 @@ class TestActivate:
             reference.activate(np.array([-9.0, 9.0]), "swiglu", **options), [-72 * sigmoid_minus_18]
         )
 
+    def test_limit_after_activation(self) -> None:
+        options = {"swiglu_fusion": 1, "alpha": 2.0, "beta": 1.0, "limit": 1.5}
+        after = {**options, "limit_after_activation": True}
+        # Gate 1.6, which is not cut, gives 1.6 * sigmoid(3.2) = 1.537334843525; that is cut to 1.5.
+        x = np.array([1.6, -9.0])
+        close(reference.activate(x, "swiglu", **after), [1.5 * -0.5])
+        # 1.5 * sigmoid(3) = 1.428861190234.
+        close(reference.activate(x, "swiglu", **options), [-0.714430595117], 1e-11)
+        # Gate 1.55 gives 1.55 * sigmoid(3.1) = 1.483183754842, which is not cut.
+        actual = reference.activate(np.array([1.55, 9.0]), "swiglu", **after)
+        close(actual, [1.483183754842 * 2.5], 1e-10)
+        # Low ones never are; without a limit, nothing is.
+        low = np.array([-9.0, 0.0])
+        close(reference.activate(low, "swiglu", **after), [-9 / (1 + math.exp(18))])
+        after["limit"] = math.inf
+        close(reference.activate(x, "swiglu", **after), [1.537334843525 * -8], 1e-9)
+
     def test_silu_with_fc3(self) -> None:
         # 2 * 0.880797077978 * 5; alpha, beta and limit belong to swiglu.
         y = reference.activate(

@@ -44,6 +44,7 @@ QMOE_ATTRIBUTES = {
     ),
     "swiglu_fusion": st.sampled_from([-1, 0, 1, 2, 3]),
     "swiglu_limit": st.sampled_from([7.0, 0.0, -1.0, float("inf")]),
+    "swiglu_limit_after_activation": FLAGS,
     "use_sparse_mixer": FLAGS,
     "weights_layout": st.sampled_from(["", "raw", "k_major", "fpa_intb", "other"]),
     "weights_prepacked": st.sampled_from([-1, 0, 1, 2]),
@@ -58,6 +59,7 @@ MOE_ATTRIBUTES = {
         "num_shared_experts",
         "swiglu_fusion",
         "swiglu_limit",
+        "swiglu_limit_after_activation",
         "use_sparse_mixer",
     )
 }

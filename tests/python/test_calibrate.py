@@ -32,7 +32,7 @@ def saved(model, path):
     return path
 
 
-def decoder(path, *, activation="swiglu", fc3=False, dtype=np.float32, dead=()):
+def decoder(path, *, activation="swiglu", fc3=False, after=False, dtype=np.float32, dead=()):
     """Embedding, a MoE with its router, a product; no token goes to the `dead` experts."""
     rng = np.random.default_rng(0)
     constants = {
@@ -52,6 +52,8 @@ def decoder(path, *, activation="swiglu", fc3=False, dtype=np.float32, dead=()):
     moe = {"activation_type": activation, "k": K, "normalize_routing_weights": 1}
     if activation == "swiglu" and not fc3:
         moe |= {"swiglu_fusion": 1, "activation_alpha": 1.5, "swiglu_limit": 3.0}
+    if after:
+        moe["swiglu_limit_after_activation"] = 1
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["x"]),
         helper.make_node("MatMul", ["x", "router"], ["scores"], name="router"),
@@ -78,7 +80,7 @@ def tokens(rows=4, length=30, seed=1):
     return np.random.default_rng(seed).integers(0, VOCABULARY, (rows, length))
 
 
-def expected_squares(constants, ids, *, activation="swiglu", fc3=False):
+def expected_squares(constants, ids, *, activation="swiglu", fc3=False, after=False):
     """Mean squares before fc1 and fc2 of each expert, and tokens, in float64."""
     x = constants["table"][ids.reshape(-1)]
     logits = x @ constants["router"] + constants["router_bias"]
@@ -86,7 +88,7 @@ def expected_squares(constants, ids, *, activation="swiglu", fc3=False):
     squares, counts = {"fc1": [], "fc2": []}, []
     options = {} if fc3 else {"swiglu_fusion": 1}
     if activation == "swiglu" and not fc3:
-        options |= {"alpha": 1.5, "limit": 3.0}
+        options |= {"alpha": 1.5, "limit": 3.0, "limit_after_activation": after}
     for expert in range(EXPERTS):
         rows = x[(chosen == expert).any(axis=1)]
         hidden = reference.activate(
@@ -105,7 +107,9 @@ def with_prior(sums, counts, prior):
     return (sums + 4 * prior) / (counts + 4)[:, None]
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "silu", "fc3": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"after": True}, {"activation": "silu", "fc3": True}], ids=str
+)
 def test_squares_of_experts_and_products(tmp_path, options):
     path, constants = decoder(tmp_path / "m.onnx", **options)
     ids = tokens()

@@ -329,6 +329,7 @@ def test_refuses_quant_types(blank, attributes, tensors, reason):
         QMoECase(format="int8", fc2_format="int4"),
         QMoECase(sparse_mixer=True, experts=16),
         QMoECase(bias=False, dtype="bfloat16"),
+        QMoECase(limit=7.0, limit_after=True),
     ],
     ids=str,
 )
@@ -355,6 +356,11 @@ def test_accepts(case):
         ({"activation_type": 1}, "attribute activation_type is INT; it must be STRING"),
         ({"swiglu_fusion": 3}, "swiglu_fusion is 3"),
         ({"swiglu_limit": -1.0}, "swiglu_limit is -1.0, which must be positive"),
+        ({"swiglu_limit_after_activation": 2}, "swiglu_limit_after_activation is 2; it must be 0"),
+        (
+            {"activation_type": "geglu", "swiglu_limit_after_activation": 1},
+            "swiglu_limit_after_activation is 1, but activation_type is 'geglu'",
+        ),
         ({"activation_alpha": float("nan")}, "activation_alpha is nan"),
         ({"k": 0}, "k is 0; it must be from 1 to the number of experts, 4"),
         ({"k": 5}, "k is 5"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 
 import numpy as np
@@ -68,15 +69,22 @@ def swiglu(b, x, bias=False, linear="MatMul"):
     return product(hidden, H)
 
 
-def gpt_oss(b, x):
-    """One matrix, gates and ups alternating, with limits and biases."""
+def gpt_oss(b, x, *, after=False):
+    """One matrix, gates and ups alternating, with limits and biases.
+
+    Args:
+        b: Makes the nodes.
+        x: The tokens.
+        after: Whether gates are cut once they were activated.
+    """
     both = b.op("Add", b.op("MatMul", x, b.weight(H, 2 * INTER)), b.weight(2 * INTER))
     axis, step = b.constant([1], np.int64), b.constant([2], np.int64)
     end = b.constant([2 * INTER], np.int64)
     parts = [b.op("Slice", both, b.constant([s], np.int64), end, axis, step) for s in (0, 1)]
-    gate = b.op("Min", parts[0], b.constant(2.5))
+    gate = parts[0] if after else b.op("Min", parts[0], b.constant(2.5))
     up = b.op("Clip", parts[1], b.constant(-2.5), b.constant(2.5))
     glu = b.op("Mul", gate, b.op("Sigmoid", b.op("Mul", gate, b.constant(1.702))))
+    glu = b.op("Min", glu, b.constant(2.5)) if after else glu
     hidden = b.op("Mul", b.op("Add", up, b.constant(1.0)), glu)
     return b.op("Add", b.op("MatMul", hidden, b.weight(INTER, H)), b.weight(H))
 
@@ -168,6 +176,7 @@ EXPERTS = {
     "biased": biased,
     "gemm": with_gemm,
     "gpt_oss": gpt_oss,
+    "limit_after": functools.partial(gpt_oss, after=True),
     "geglu": geglu,
     "relu": plain("Relu"),
     "gelu": plain("Gelu"),
@@ -181,9 +190,10 @@ def test_experts(kind, normalize):
     attributes = check_fused(dense_model(EXPERTS[kind], normalize=normalize))
     assert attributes["k"] == K
     assert attributes["normalize_routing_weights"] == int(normalize)
-    names = {"biased": "swiglu", "gemm": "swiglu", "gpt_oss": "swiglu"}
+    names = {"biased": "swiglu", "gemm": "swiglu", "gpt_oss": "swiglu", "limit_after": "swiglu"}
     assert attributes["activation_type"] == names.get(kind, kind)
-    if kind == "gpt_oss":
+    assert ("swiglu_limit_after_activation" in attributes) == (kind == "limit_after")
+    if kind in ("gpt_oss", "limit_after"):
         said = [attributes[f"activation_{name}"] for name in ("alpha", "beta")]
         np.testing.assert_allclose([*said, attributes["swiglu_limit"]], [1.702, 1.0, 2.5])
 

@@ -30,10 +30,12 @@ CASES = [
     QMoECase("int8", layout="fpa_intb", hidden=128, inter=64),
     QMoECase("nvfp4", block_size=16),
     QMoECase(activation="geglu"),
+    QMoECase(limit=0.5, limit_after=True),
     MatMulNBitsCase(dtype="bfloat16"),
     MatMulNBitsCase(layout="fpa_intb", n=64, k=128),
     MoECase(dtype="bfloat16"),
     MoECase(fusion=0, fc3=True),
+    MoECase(limit=0.5, limit_after=True),
     Fp8WeightCase(a_scale=True),
     Fp4WeightCase(),
 ]

@@ -127,12 +127,16 @@ def test_act_scales_and_router_weights_stay():
     [
         ("silu", {"activation_type": b"swiglu", "activation_alpha": 1.0, "activation_beta": 0.0}),
         ("swiglu", {"activation_type": b"swiglu", "activation_alpha": 1.5, "swiglu_limit": 7.0}),
+        ("swiglu", {"swiglu_limit": 7.0, "swiglu_limit_after_activation": 1}),
         ("geglu", {"activation_type": b"geglu"}),
     ],
 )
 def test_ups_of_their_own_become_part_of_fc1(activation, attributes):
     limit = None if activation == "geglu" else 7.0
-    case = QMoECase(fusion=0, fc3=True, activation=activation, alpha=1.5, limit=limit)
+    after = "swiglu_limit_after_activation" in attributes
+    case = QMoECase(
+        fusion=0, fc3=True, activation=activation, alpha=1.5, limit=limit, limit_after=after
+    )
     model = stock_model(case)
     qmoe_plugin.prepack(model)
     written = attributes_of(model.graph.node[0])

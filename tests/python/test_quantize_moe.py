@@ -91,6 +91,16 @@ def test_silu_beside_fc3_has_no_limit():
     assert "swiglu_limit" not in check_moe(model, case, tensors, ERRORS["int8"])
 
 
+@pytest.mark.parametrize("fc3", [False, True])
+def test_the_limit_stays_after_the_activation(fc3):
+    case = MoECase(limit=0.5, limit_after=True, fc3=fc3, fusion=0 if fc3 else 1)
+    tensors = case.tensors()
+    model = case.model(tensors)
+    qmoe_plugin.quantize(model, format="int8")
+    attributes = check_moe(model, case, tensors, ERRORS["int8"])
+    assert attributes["swiglu_limit_after_activation"] == 1
+
+
 @pytest.mark.parametrize("missing", ["fc1", "fc3"])
 def test_one_bias_of_two(missing):
     case = MoECase(activation="silu", fc3=True, fusion=0, dtype="float16")

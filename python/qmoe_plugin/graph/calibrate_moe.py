@@ -109,6 +109,7 @@ class MoEStatistics:
             alpha=real(node, "activation_alpha", 1.0),
             beta=real(node, "activation_beta", 0.0),
             limit=real(node, "swiglu_limit", math.inf),
+            limit_after_activation=bool(integer(node, "swiglu_limit_after_activation", 0)),
         )
 
     def _layer(self, role: str, weights: ExpertWeights, rows: Array, expert: int) -> Array:

@@ -36,7 +36,7 @@ from qmoe_plugin.kernels import Problem
 
 FP8_STOCK_ATTRIBUTES = {"block_size": default(128)}
 FP4_STOCK_ATTRIBUTES = {"block_size": default(16)}
-"""The attributes in onnxruntime 1.31.1."""
+"""The attributes in onnxruntime 1.32.0."""
 
 FP8_STOCK_INPUTS = ("A", "B", "b_scale", "a_scale", "bias")
 """The inputs of MatMulBlockQuantizedFp8Weight there."""

@@ -48,7 +48,7 @@ STOCK_ATTRIBUTES = {
     "block_size": REQUIRED_INT,
     "weight_prepacked": default(0),
 }
-"""The attributes of com.microsoft MatMulNBits in onnxruntime 1.31.1."""
+"""The attributes of com.microsoft MatMulNBits in onnxruntime 1.32.0."""
 
 STOCK_INPUTS = ("A", "B", "scales", "zero_points", "g_idx", "bias")
 """Its inputs there."""

@@ -40,10 +40,11 @@ STOCK_ATTRIBUTES = {
     "num_shared_experts": default(0),
     "swiglu_fusion": default(0),
     "swiglu_limit": FLOAT,
+    "swiglu_limit_after_activation": default(0),
     "use_sparse_mixer": default(0),
 }
-"""The attributes of com.microsoft MoE in onnxruntime 1.31.1, and num_shared_experts of its
-development branches."""
+"""The attributes of com.microsoft MoE in onnxruntime 1.32.0, and num_shared_experts of its
+development branches. Older releases have not all of them."""
 
 ATTRIBUTES = {**STOCK_ATTRIBUTES, LAYOUT_ATTRIBUTE: STRING}
 """With that of ours."""

@@ -118,7 +118,11 @@ def _gated(numbers: Sequence[float]) -> Iterator[dict[str, int | float | str]]:
                     "activation_alpha": alpha,
                     "activation_beta": beta,
                 }
-                yield attributes if limit == math.inf else attributes | {"swiglu_limit": limit}
+                if limit == math.inf:
+                    yield attributes
+                    continue
+                yield attributes | {"swiglu_limit": limit}
+                yield attributes | {"swiglu_limit": limit, "swiglu_limit_after_activation": 1}
 
 
 def _compute(activation: Activation, rows: Array) -> Array:
@@ -132,6 +136,7 @@ def _compute(activation: Activation, rows: Array) -> Array:
         alpha=float(said.get("activation_alpha", 1.0)),
         beta=float(said.get("activation_beta", 0.0)),
         limit=float(said.get("swiglu_limit", math.inf)),
+        limit_after_activation=bool(said.get("swiglu_limit_after_activation", 0)),
     )
 
 

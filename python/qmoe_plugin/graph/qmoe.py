@@ -55,11 +55,12 @@ STOCK_ATTRIBUTES = {
     "quant_type": default("int"),
     "swiglu_fusion": default(0),
     "swiglu_limit": FLOAT,
+    "swiglu_limit_after_activation": default(0),
     "use_sparse_mixer": default(0),
     "weights_prepacked": default(-1),
 }
-"""The attributes of com.microsoft QMoE in onnxruntime 1.31.1, and num_shared_experts of its
-development branches."""
+"""The attributes of com.microsoft QMoE in onnxruntime 1.32.0, and num_shared_experts of its
+development branches. Older releases have not all of them."""
 
 ATTRIBUTES = {
     **STOCK_ATTRIBUTES,
@@ -257,6 +258,13 @@ def fc1_activation(node: ir.Node, has_fc3: bool) -> str:
         raise UnsupportedError(
             f"swiglu_fusion={fusion} says that fc1 holds gates and ups, but "
             + ("fc3 is given too" if has_fc3 else f"activation_type is '{activation}'")
+        )
+    after = integer(node, "swiglu_limit_after_activation", 0)
+    if after not in (0, 1):
+        raise UnsupportedError(f"swiglu_limit_after_activation is {after}; it must be 0 or 1")
+    if after and activation != "swiglu":
+        raise UnsupportedError(
+            f"swiglu_limit_after_activation is 1, but activation_type is '{activation}'"
         )
     if has_fc3 and activation == "silu":
         return "swiglu"  # with alpha 1, beta 0 and no limit

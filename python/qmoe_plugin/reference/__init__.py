@@ -2,7 +2,7 @@
 
 This is the oracle of the tests and the specification of the kernels: written to be read, not to be
 fast. Nothing is rounded between the inputs and the result, unless the op says so (wfp4afp8). The
-formulas are those of the com.microsoft ops in onnxruntime 1.31.1; where its CPU and
+formulas are those of the com.microsoft ops in onnxruntime 1.32.0; where its CPU and
 CUDA kernels disagree, those of CUDA, except that `router_weights` and `use_sparse_mixer` are
 honoured, which CUDA's QMoE ignores. docs/semantics.md lists every such difference.
 
@@ -74,6 +74,7 @@ QMOE_DEFAULTS: Mapping[str, Any] = {
     "activation_beta": 0.0,
     "swiglu_fusion": 0,
     "swiglu_limit": math.inf,
+    "swiglu_limit_after_activation": 0,
     "normalize_routing_weights": 0,
     "use_sparse_mixer": 0,
     "num_shared_experts": 0,
@@ -198,6 +199,7 @@ def qmoe(
             alpha=attrs["activation_alpha"],
             beta=attrs["activation_beta"],
             limit=attrs["swiglu_limit"],
+            limit_after_activation=bool(attrs["swiglu_limit_after_activation"]),
         )
         if quantizes:
             activated = quantize_activations(

@@ -65,6 +65,7 @@ def activate(
     alpha: float = 1.0,
     beta: float = 0.0,
     limit: float = math.inf,
+    limit_after_activation: bool = False,
 ) -> Float64:
     """The activation between fc1 and fc2, biases already added.
 
@@ -73,7 +74,8 @@ def activate(
     relu      max(x, 0)
     gelu      x Phi(x) by the error function
     silu      x sigmoid(x)
-    swiglu    g sigmoid(alpha g) (u + beta) with g = min(gate, limit), u = clamp(up, -limit, limit)
+    swiglu    g sigmoid(alpha g) (u + beta) with g = min(gate, limit), u = clamp(up, -limit, limit);
+              limit_after_activation: min(gate sigmoid(alpha gate), limit) (u + beta)
     geglu     tanh-GELU(gate) * up (Gemma 4); alpha, beta and limit play no role
     ========  =====================================================================================
 
@@ -86,6 +88,7 @@ def activate(
         alpha: Attribute activation_alpha.
         beta: Attribute activation_beta.
         limit: Attribute swiglu_limit; infinite when a node has none.
+        limit_after_activation: Attribute swiglu_limit_after_activation: what is cut of gates.
 
     Returns:
         float64 [..., I].
@@ -96,8 +99,12 @@ def activate(
         gate, up = split_gate_up(fc1, fc3, swiglu_fusion)
         if activation == "geglu":
             return gelu_tanh(gate) * up
-        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-        return np.asarray(gate * sigmoid(alpha * gate) * (up + beta))
+        if not limit_after_activation:
+            gate = np.minimum(gate, limit)
+        activated = gate * sigmoid(alpha * gate)
+        if limit_after_activation:
+            activated = np.minimum(activated, limit)
+        return np.asarray(activated * (np.clip(up, -limit, limit) + beta))
     if fc3 is not None:
         raise ValueError(f"fc3 goes with silu, swiglu and geglu, not with '{activation}'")
     match activation:
