@@ -17,6 +17,13 @@ __device__ inline __half2 E4M3ToHalf2(uint32_t codes) {
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(values) : "h"(uint16_t(codes)));
   return reinterpret_cast<const __half2&>(values);
 }
+
+/// The nearest e4m3 codes of x and y, in bits 0 to 7 and 8 to 15: ties to even, beyond 448 that.
+__device__ inline uint32_t ToE4M3(float2 v) {
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(v.y), "f"(v.x));
+  return codes;
+}
 #endif
 
 /// 16 (or 8) bytes that are read once: kept out of L1.
@@ -36,10 +43,10 @@ __device__ inline uint2 LoadStreaming8(const void* p) {
   return v;
 }
 
-/// The block's dynamic shared memory, 16-byte aligned.
+/// The block's dynamic shared memory, aligned to 128 bytes: copies of 16 bytes a lane are slower where they share lines with others.
 __device__ inline char* DynamicShared() {
-  extern __shared__ uint4 dynamic_shared[];
-  return reinterpret_cast<char*>(dynamic_shared);
+  extern __shared__ __align__(128) char dynamic_shared[];
+  return dynamic_shared;
 }
 
 __device__ inline uint32_t SharedAddress(const void* p) {
@@ -151,11 +158,12 @@ __device__ inline int AddAcquireRelease(int* at, int value) {
   return before;
 }
 
-/// Past L1, which does not see what other multiprocessors write.
-__device__ inline float LoadL2(const float* p) {
-  float v;
-  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
-  return v;
+/// 4 bytes, past L1, which does not see what other multiprocessors write.
+template <class T>
+__device__ T LoadL2(const T* p) {
+  uint32_t v;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return reinterpret_cast<const T&>(v);
 }
 
 /// The lesser and the greater of two; NaN if either is.

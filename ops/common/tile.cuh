@@ -2,6 +2,7 @@
 // lane's codes and scales, decode them, and finish the sums.
 #pragma once
 
+#include "ops/common/float_codes.h"
 #include "ops/common/ptx.cuh"
 #include "ops/common/types.cuh"
 #include "ops/gemm/gemm.cuh"
@@ -75,6 +76,22 @@ __device__ void DequantWords(const Codebook<F>& codebook, const uint32_t* words,
   }
 }
 
+/// Zero offsets: none; integers, which 16 bits add to codes exactly; or any, or none where 16 bits do not hold values and scales.
+enum class Offsets { kNone, kIntegers, kAny };
+
+/// DequantWords with an integer zero offset each of rows g and g + 8, exactly.
+template <class F, class T2>
+__device__ void DequantWords(const Codebook<F>& codebook, const uint32_t* words, T2 offset,
+                             T2 (&a)[4]) {
+  if constexpr (requires { F::OffsetFragment(words, offset, a); }) {
+    F::OffsetFragment(words, offset, a);
+  } else {
+    DequantWords<F>(codebook, words, a);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = __hadd2(a[i], Both(offset, i % 2));
+  }
+}
+
 /// The codes of one lane in one tile, as words.
 template <class F>
 struct LaneCodes {
@@ -111,14 +128,14 @@ struct LaneCodes {
     }
   }
 
-  /// DequantWords of fragment j.
-  template <class T2>
-  __device__ void Dequant(const Codebook<F>& codebook, int j, T2 (&a)[4]) const {
+  /// DequantWords of fragment j; offset: none, or of rows g and g + 8.
+  template <class T2, class... Offset>
+  __device__ void Dequant(const Codebook<F>& codebook, int j, T2 (&a)[4], Offset... offset) const {
     if constexpr (F::kBits == 2) {
       const uint32_t half_word = words[j / 2] >> (16 * (j % 2));
-      DequantWords<F>(codebook, &half_word, a);
+      DequantWords<F>(codebook, &half_word, offset..., a);
     } else {
-      DequantWords<F>(codebook, words + j * F::kFragmentWords, a);
+      DequantWords<F>(codebook, words + j * F::kFragmentWords, offset..., a);
     }
   }
 

@@ -85,14 +85,7 @@ class StepCodes {
         F::ScaledFragment(codes_[step].words, w);
         s = __hmul2(s, FromFloat2<T2>({kScaleFactor<T>, kScaleFactor<T>}));
       } else if constexpr (kOffsets == Offsets::kIntegers) {
-        const T2 offset = FromHalf2<T2>(zero);
-        if constexpr (requires { F::OffsetFragment(codes_[step].words, offset, w); }) {
-          F::OffsetFragment(codes_[step].words, offset, w);
-        } else {
-          DequantWords<F>(codebook, codes_[step].words, w);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) w[i] = __hadd2(w[i], Both(offset, i % 2));
-        }
+        DequantWords<F>(codebook, codes_[step].words, FromHalf2<T2>(zero), w);
       } else {
         DequantWords<F>(codebook, codes_[step].words, w);
       }

@@ -22,10 +22,6 @@ struct RouteTable {
   alignas(16) int64_t keys[kFusedExperts];  // of experts, in fc1
 };
 
-__device__ inline bool IsOneToken(const FusedRoute& args) {
-  return args.enabled && args.route.tokens == 1;
-}
-
 /// How many of 32 keys are larger. All are below 2^63: a difference's sign takes fewer instructions than a comparison.
 __device__ inline int CountLarger(const int64_t* keys, int64_t key) {
   int larger = 0;
@@ -97,8 +93,35 @@ __device__ inline void ClearArrivals(const FusedRoute& args) {
   for (int i = threadIdx.x; i < args.arrival_count; i += blockDim.x) args.arrivals[i] = 0;
 }
 
-/// Fills the table; all threads of the block take part, at least kFusedTokens warps. The first block also writes the scales
-/// and the sorted rows of args.route to global memory if it has places for them.
+/// For fc1, before fc2 may start: what is in args.shared is of an earlier run.
+__device__ inline void WithdrawRoute(const FusedRoute& args) {
+  if (args.shared == nullptr || !args.x_is_tokens || blockIdx.x != 0) return;
+  if (threadIdx.x == 0) {
+    args.shared->slots = 0;
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+/// For fc2, whose blocks start when fc1's end: by then its first block has routed long ago. False if not; nothing is waited for.
+__device__ inline bool ReadRoute(const FusedRoute& args, RouteTable& table) {
+  if (args.shared == nullptr || args.x_is_tokens) return false;
+  if (threadIdx.x == 0) table.slots = AddAcquireRelease(&args.shared->slots, 0);
+  __syncthreads();
+  if (table.slots == 0) return false;
+  constexpr int kInts = sizeof(RowTile) / sizeof(int);
+  for (int i = threadIdx.x; i < table.slots * kInts; i += blockDim.x)
+    reinterpret_cast<int*>(table.tiles)[i] =
+        LoadL2(reinterpret_cast<const int*>(args.shared->tiles) + i);
+  __syncthreads();
+  return true;
+}
+
+/// Threads that look together for a row's place among the others, eight others each.
+inline constexpr int kRankParts = kFusedRows / 8;
+
+/// Fills the table; all threads of the block take part, at least kFusedTokens warps and kFusedRows * kRankParts threads. The first
+/// block also writes the scales and the sorted rows to global memory if it has places for them, and fc1's what fc2 wants to know.
 __device__ inline void RouteInBlock(const FusedRoute& args, RouteTable& table) {
   const RouteArgs& route = args.route;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -110,20 +133,28 @@ __device__ inline void RouteInBlock(const FusedRoute& args, RouteTable& table) {
              publish ? route.scales + warp * route.topk : nullptr);
   }
   __syncthreads();
-  if (thread < rows) {
-    const int expert = table.expert_ids[thread];
-    int rank = 0, of_expert = 0, before = 0;
-    for (int row = 0; row < rows; ++row) {
-      const int other = table.expert_ids[row];
-      rank += other < expert || (other == expert && row < thread);
-      of_expert += other == expert;
-      before += other == expert && row < thread;
+  if (const int row = thread / kRankParts; thread < kFusedRows * kRankParts) {
+    const int expert = table.expert_ids[row];
+    // Rows of lower experts, of this one before this row, and of this one: up to 64 each, in a byte each.
+    uint32_t counts = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int other_row = thread % kRankParts * 8 + i, other = table.expert_ids[other_row];
+      if (other_row >= rows) continue;
+      counts += other < expert ? 1 : 0;
+      counts += other != expert ? 0 : other_row < row ? 0x10100 : 0x10000;
     }
-    table.sorted_row[thread] = rank;
-    table.row_token[rank] = thread / route.topk;
-    // The first row of an expert stands for its slot: parked at its sorted row until slots are counted.
-    table.tiles[rank] = {expert, rank, before == 0 ? of_expert : 0};
-    if (blockIdx.x == 0 && args.sorted_row != nullptr) args.sorted_row[thread] = rank;
+#pragma unroll
+    for (int part = 1; part < kRankParts; part *= 2)
+      counts += __shfl_xor_sync(0xffffffff, counts, part);
+    if (thread % kRankParts == 0 && row < rows) {
+      const int before = int(counts >> 8 & 0xff), rank = int(counts & 0xff) + before;
+      table.sorted_row[row] = rank;
+      table.row_token[rank] = row / route.topk;
+      // The first row of an expert stands for its slot: parked at its sorted row until slots are counted.
+      table.tiles[rank] = {expert, rank, before == 0 ? int(counts >> 16) : 0};
+      if (blockIdx.x == 0 && args.sorted_row != nullptr) args.sorted_row[row] = rank;
+    }
   }
   __syncthreads();
   if (warp == 0) {
@@ -146,6 +177,13 @@ __device__ inline void RouteInBlock(const FusedRoute& args, RouteTable& table) {
     if (lane == 0) table.slots = slots;
   }
   __syncthreads();
+  if (args.shared == nullptr || !args.x_is_tokens || blockIdx.x != 0) return;
+  if (thread < table.slots) {
+    args.shared->tiles[thread] = table.tiles[thread];
+    __threadfence();
+  }
+  __syncthreads();
+  if (thread == 0) AddAcquireRelease(&args.shared->slots, table.slots);
 }
 
 }  // namespace qmoe_plugin

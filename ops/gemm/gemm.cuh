@@ -42,6 +42,7 @@ struct RowTile {
 
 /// One launch. Passed to kernels by value.
 struct CudaGemmArgs {
+  GemmStage stage;
   DType dtype;  // of x and y
 
   // Packed weights [E, n, k] in kCudaTile16x64, see ops/packed_weights.h.
@@ -66,6 +67,9 @@ struct CudaGemmArgs {
   const void* x;
   int64_t x_stride;   // elements
   const int* x_rows;  // [rows] row of x of each sorted row; null = the row itself
+  // How a kernel with `quantizes_x` quantises the rows that it reads, see ops/qmoe/activation_quant.h.
+  ActivationQuant x_quant;
+  const float* x_scales;  // [experts], for kFp8
 
   // Row tiles; null = one expert, `rows` rows.
   const RowTile* tiles;
@@ -92,12 +96,19 @@ struct CudaGemmArgs {
 /// The most that a launch which routes by itself takes.
 inline constexpr int kFusedTokens = 8, kFusedRows = 64, kFusedExperts = 256;
 
+/// What the first block of fc1 found out, for all blocks of fc2; in global memory.
+struct SharedRoute {
+  int slots;  // experts that have rows; 0 = not known yet
+  RowTile tiles[kFusedRows];
+};
+
 /// A launch that routes by itself: there are no row tiles, x_rows is ignored.
 struct FusedRoute {
   bool enabled;
-  bool x_is_tokens;  // x has a row a token (fc1), not a row a sorted row (fc2)
-  RouteArgs route;   // expert_ids is ignored; scales are written unless null
-  int* sorted_row;   // [T, k] written unless null
+  bool x_is_tokens;     // x has a row a token (fc1), not a row a sorted row (fc2)
+  RouteArgs route;      // expert_ids is ignored; scales are written unless null
+  int* sorted_row;      // [T, k] written unless null
+  SharedRoute* shared;  // fc1 writes it, fc2 looks there before it routes; null = neither does
   // For one token fc2 adds up what the experts give; nothing of scales, sorted_row or unpermute is needed then.
   int* arrivals;      // [row tiles of fc2] units of each that are done; fc1 clears them
   int arrival_count;  // so many to clear; 0 in fc2
@@ -116,6 +127,8 @@ struct CudaGemm {
   void (*launch_routed)(const CudaGemmArgs&, const FusedRoute&, cudaStream_t);
   /// Wants the rows of x in the order of their experts rather than gather them itself.
   bool wants_sorted_x;
+  /// Follows CudaGemmArgs::x_quant; other kernels get rows that are quantised.
+  bool quantizes_x;
 };
 
 /// Upper bound of the number of row tiles.
@@ -155,9 +168,10 @@ consteval bool TakesFormat() {
 
 template <class F, class Gemm>
 Kernel DescribeCudaGemm(const char* stem) {
-  static CudaGemm gemm{&Gemm::TileRows, &Gemm::Prepare, &Gemm::Launch, nullptr, false};
+  static CudaGemm gemm{&Gemm::TileRows, &Gemm::Prepare, &Gemm::Launch, nullptr, false, false};
   if constexpr (requires { &Gemm::LaunchRouted; }) gemm.launch_routed = &Gemm::LaunchRouted;
   if constexpr (requires { Gemm::kWantsSortedX; }) gemm.wants_sorted_x = Gemm::kWantsSortedX;
+  if constexpr (requires { Gemm::kQuantizesX; }) gemm.quantizes_x = Gemm::kQuantizesX;
   Kernel kernel;
   kernel.name = std::string(stem) + "." + F::kName;
   kernel.stem = stem;

@@ -5,10 +5,10 @@
 //   grid       one block a multiprocessor; each takes a contiguous range of units, of equal cost
 //   block      16 warps share the range's k tiles evenly, wherever units begin and end: all finish together
 //   warp       streams its k tiles by cp.async through a ring of its own, 4 KB of codes in flight; no barriers but its own
-//   x          rows of the block's slots in shared memory, all of K: [slot, row, K], zeros beyond K
+//   x          rows of the block's slots in shared memory, all of K: [slot, row, K], zeros beyond K; quantised there if need be
 //   product    weights are operand A as they are stored, centered and exact (no scale folded in); x is operand B by ldmatrix.
-//              The sum of each block (at most 64 k) is scaled in float32, so the only rounding is float32's. Zero offsets:
-//              block sums of x come from one more mma, with A = 1.
+//              The sum of each block (at most 64 k) is scaled in float32, so the only rounding is float32's. Zero offsets that
+//              are integers are added to the weights; for others block sums of x come from one more mma, with A = 1.
 //   end        a warp that had all of a unit finishes it from its registers; units of several warps meet in shared memory and
 //              are added in the order of k
 //
@@ -32,12 +32,17 @@ using Blocks = ScaleBlocks;
 template <int kN>
 inline constexpr int kPartBytes = kWarps * 2 * 32 * 4 * kN * int(sizeof(float));
 
+/// Of each warp, if it keeps them there.
+template <int kN>
+inline constexpr int kUnitEndsBytes = kN == 1 ? kWarps * kUnitEndBytes : 0;
+
 /// Adds k tile `tile` of a stage to the lane's sums, of the first kActive n8 tiles. x[n] is where this lane's ldmatrix row of
 /// n8 tile n lies at the stage's first k.
-template <class F, class T, Blocks kBlocks, bool kOffsets, int kActive, int kN>
+template <class F, class T, Blocks kBlocks, Offsets kOffsets, int kActive, int kN>
 __device__ void Accumulate(const CudaGemmArgs& args, uint32_t stage, int tile, int lane,
                            const uint32_t (&x)[kN], float (&sums)[kN][4]) {
-  using Stage = WeightStage<F, kBlocks, kOffsets>;
+  using Stage = WeightStage<F, kBlocks, kOffsets != Offsets::kNone>;
+  constexpr bool kSumX = kOffsets == Offsets::kAny;
   constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
   constexpr uint32_t kOnesA[4] = {kOnes, kOnes, kOnes, kOnes};
   constexpr int kSteps = kFragmentsPerTile / Stage::kPairs;  // k16 steps that share a scale
@@ -54,7 +59,7 @@ __device__ void Accumulate(const CudaGemmArgs& args, uint32_t stage, int tile, i
     };
     scales[p] = kBlocks != Blocks::kWide || args.block_scales != nullptr ? load(Stage::kScales)
                                                                          : __float2half2_rn(1.0f);
-    if constexpr (kOffsets) offsets[p] = load(Stage::kOffsetsAt);
+    if constexpr (kOffsets != Offsets::kNone) offsets[p] = load(Stage::kOffsetsAt);
   }
   float part[kActive][4] = {}, x_sum[kActive][4] = {};
 #pragma unroll
@@ -67,20 +72,22 @@ __device__ void Accumulate(const CudaGemmArgs& args, uint32_t stage, int tile, i
       const int step = 2 * pair + half;
       T2Of<T> w[4];
       uint32_t a[4];
-      codes.Dequant(Codebook<F>(args), step, w);
+      if constexpr (kOffsets == Offsets::kIntegers)
+        codes.Dequant(Codebook<F>(args), step, w, FromHalf2<T2Of<T>>(offsets[step / kSteps]));
+      else
+        codes.Dequant(Codebook<F>(args), step, w);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[i] = reinterpret_cast<const uint32_t&>(w[i]);
 #pragma unroll
       for (int n = 0; n < kActive; ++n) {
         Mma<T>(part[n], a, b[n][2 * half], b[n][2 * half + 1]);
-        if constexpr (kOffsets) Mma<T>(x_sum[n], kOnesA, b[n][2 * half], b[n][2 * half + 1]);
+        if constexpr (kSumX) Mma<T>(x_sum[n], kOnesA, b[n][2 * half], b[n][2 * half + 1]);
       }
       if ((step + 1) % kSteps != 0) continue;
       const float2 scale = __half22float2(scales[step / kSteps]);
 #pragma unroll
       for (int n = 0; n < kActive; ++n) {
-        if constexpr (kOffsets)
-          AddScaled(x_sum[n], __half22float2(offsets[step / kSteps]), part[n]);
+        if constexpr (kSumX) AddScaled(x_sum[n], __half22float2(offsets[step / kSteps]), part[n]);
         AddScaled(part[n], scale, sums[n]);
 #pragma unroll
         for (int c = 0; c < 4; ++c) part[n][c] = x_sum[n][c] = 0;
@@ -89,41 +96,47 @@ __device__ void Accumulate(const CudaGemmArgs& args, uint32_t stage, int tile, i
   }
 }
 
-template <class F, class T, Blocks kBlocks, bool kOffsets, int kN>
+template <class F, class T, Blocks kBlocks, Offsets kOffsets, int kN>
 __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     gemv_sm80(const __grid_constant__ CudaGemmArgs args, const __grid_constant__ Plan plan,
               const __grid_constant__ FusedRoute fused) {
-  using Stage = WeightStage<F, kBlocks, kOffsets>;
+  using Stage = WeightStage<F, kBlocks, kOffsets != Offsets::kNone>;
   __shared__ RouteTable route;
   __shared__ RowTile listed[kMaxSlots];  // the slots at hand, unless they are in `route`
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t ring = SharedAddress(DynamicShared()) + warp * Stage::kRing;
   asm volatile("" : "+r"(ring));  // keep it: the compiler would rather compute it anew each time
   float4* const parts = reinterpret_cast<float4*>(DynamicShared() + kWarps * Stage::kRing);
-  char* const shared_x = reinterpret_cast<char*>(parts) + kPartBytes<kN>;
+  char* const unit_ends = reinterpret_cast<char*>(parts) + kPartBytes<kN>;
+  char* const shared_x = unit_ends + kUnitEndsBytes<kN>;
+  const uint32_t unit_end_copy = SharedAddress(unit_ends) + warp * kUnitEndBytes;
 
   if (args.tiles_are_new) WaitForPrevious();
+  if (kN > 1 && fused.enabled) WithdrawRoute(fused);
   LetNextStart();
   int slots;
-  if (kN == 1 && IsOneToken(fused)) {
-    RouteOneToken(fused, route);
-    ClearArrivals(fused);
-    slots = fused.route.topk;
-  } else if (fused.enabled) {
-    RouteInBlock(fused, route);
-    slots = route.slots;
+  if (fused.enabled) {
+    if constexpr (kN == 1) {
+      RouteOneToken(fused, route);
+      ClearArrivals(fused);
+      slots = fused.route.topk;
+    } else {
+      if (!ReadRoute(fused, route)) RouteInBlock(fused, route);
+      slots = route.slots;
+    }
   } else {
     slots = args.tiles != nullptr ? *args.tile_count : int(args.max_tiles);
   }
   const int units = slots * args.row_tiles, k_tiles = (args.k + kTileK - 1) / kTileK;
   int begin, block_end;
-  if constexpr (kN == 1) {
+  if (kN == 1 || args.tile_rows <= 8) {
     const int share = plan.blocks.Divide(units), more = units - share * int(gridDim.x);
     const int block = int(blockIdx.x);  // the first `more` blocks take one more
     begin = block * share + min(block, more);
     block_end = begin + share + (block < more);
   } else {
-    CutByCost(args, slots, lane, &begin, &block_end);
+    __shared__ Cuts cuts;
+    CutByCost(args, plan, slots, cuts, &begin, &block_end);
   }
   while (begin < block_end) {
     const int first_slot = plan.row_tiles.Divide(begin);
@@ -147,9 +160,8 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     const int unit_slot = plan.row_tiles.Divide(begin + first_unit);
     const int first_row_tile = begin + first_unit - unit_slot * args.row_tiles;
     const RowTile* const first_tile = tiles + unit_slot - first_slot;
-    WeightStream<F, kBlocks, kOffsets> stream(args, ring, first_tile, first_row_tile,
-                                              first - first_unit * k_tiles, last - first, k_tiles,
-                                              lane);
+    WeightStream<F, kBlocks, kOffsets != Offsets::kNone> stream(
+        args, ring, first_tile, first_row_tile, first - first_unit * k_tiles, last - first, lane);
     for (int i = 0; i < Stage::kDepth - 1; ++i) stream.Load(args);
     for (int unit = begin + threadIdx.x; unit < end; unit += kThreads) {
       const int slot = plan.row_tiles.Divide(unit);
@@ -163,13 +175,19 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     StageX<T>(args, plan, tiles, used,
               fused.enabled && fused.x_is_tokens ? route.row_token : nullptr, shared_x);
     CopyAsyncWait<0>();
+    if (args.x_quant != ActivationQuant::kNone) QuantizeX<T>(args, plan, tiles, used, shared_x);
     __syncthreads();
 
     // A unit that this warp's range begins inside of is its to finish, unless an earlier warp's does too.
     const int earlier = warp > 0 ? (warp - 1) * total / kWarps : 0;
     const bool finishes = first > first_unit * k_tiles && earlier <= first_unit * k_tiles;
     UnitEnd first_end{};  // on its way while the warp multiplies
-    if (finishes) first_end = LoadUnitEnd(args, first_tile->expert, first_row_tile, lane);
+    if (finishes) {
+      if constexpr (kN == 1)
+        CopyUnitEnd(args, first_tile->expert, first_row_tile, lane, unit_end_copy);
+      else
+        first_end = LoadUnitEnd(args, first_tile->expert, first_row_tile, lane);
+    }
 
     float sums[kN][4] = {};
     const auto finish = [&](const RowTile& tile, int row_tile, const UnitEnd& unit_end) {
@@ -195,6 +213,9 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
                (row_before + (row < rows ? row : 0)) * plan.row_stride;
       }
       const bool whole = position == unit_first && unit_last == unit_first + k_tiles;
+      const int row_tile = begin + unit - all_slot * args.row_tiles;
+      UnitEnd unit_end{};  // on its way while the warp multiplies
+      if (kN > 1 && whole) unit_end = LoadUnitEnd(args, tiles[slot].expert, row_tile, lane);
       const auto multiply = [&]<int kActive>() {
         while (position < unit_last) {
           CopyAsyncWait<Stage::kDepth - 2>();
@@ -221,8 +242,8 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
         multiply.template operator()<kN>();
       position = unit_last;
       if (whole) {
-        const int row_tile = begin + unit - all_slot * args.row_tiles;
-        finish(tiles[slot], row_tile, LoadUnitEnd(args, tiles[slot].expert, row_tile, lane));
+        if (kN == 1) unit_end = LoadUnitEnd(args, tiles[slot].expert, row_tile, lane);
+        finish(tiles[slot], row_tile, unit_end);
       } else {
         const int part = warp * 2 + (unit != first_unit);
 #pragma unroll
@@ -235,9 +256,14 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
 #pragma unroll
         for (int c = 0; c < 4; ++c) sums[n][c] = 0;
     }
+    if constexpr (kN == 1) {
+      CopyAsyncCommit();
+      CopyAsyncWait<0>();
+    }
     __syncthreads();
 
     if (finishes) {
+      if constexpr (kN == 1) first_end = ReadUnitEnd(args, lane, unit_end_copy);
       for (int w = warp - 1; w < kWarps; ++w) {
         const int from = w * total / kWarps, to = (w + 1) * total / kWarps;
         if (from == to) continue;
@@ -261,6 +287,7 @@ template <class F>
 struct Gemm {
   static constexpr int kMinSm = kFirstSm, kMaxSm = kLastSm;
   static constexpr int kPriority = 40;
+  static constexpr bool kQuantizesX = true;
   // The values of a codebook are not exact in 16 bits; the rings have no room for wider codes.
   static constexpr bool kTakesFormat = !F::kCodebook && F::kBits <= 8;
   static constexpr char kLimits[] =
@@ -282,6 +309,10 @@ struct Gemm {
     if (2 * fits < WantedRows(p))  // weights would be read more than twice
       return Concat("only ", fits, fits == 1 ? " row" : " rows", " of ", p.k,
                     " values fit into shared memory, of ", WantedRows(p));
+    const int64_t units =
+        MaxRowTiles(p.rows, p.experts, fits) * ((p.n + kTileRows - 1) / kTileRows);
+    if (units > kMaxUnits)
+      return Concat(units, " tiles of rows by weights; it takes at most ", kMaxUnits);
     return RefuseBlockSize(p);
   }
 
@@ -301,10 +332,22 @@ struct Gemm {
 
   static Plan PlanOf(const GemmProblem& p, int tile_rows) {
     const Blocks blocks = p.block_size == 0 ? Blocks::kWide : BlocksOf(p.block_size);
-    return MakePlan(tile_rows, FixedBytes(blocks, p.zero_points, tile_rows), p.k, p.sm);
+    const Offsets offsets = p.zero_points ? Offsets::kAny : Offsets::kNone;
+    return MakePlan(tile_rows, FixedBytes(blocks, offsets, IsLarge(p.stage, tile_rows)), p.k, p.sm);
   }
 
-  static Blocks BlocksOf(int64_t block_size) {
+  /// Whether the kernel with kN = 2 runs: for all but one token and dense products with up to 8 rows, where two blocks of the other
+  /// one fit beside each other.
+  static bool IsLarge(GemmStage stage, int tile_rows) {
+    return tile_rows > 8 || (stage != GemmStage::kDense && tile_rows > 1);
+  }
+
+  static Offsets OffsetsOf(const CudaGemmArgs& args) {
+    if (args.zero_offsets == nullptr) return Offsets::kNone;
+    return args.integer_offsets ? Offsets::kIntegers : Offsets::kAny;
+  }
+
+  static constexpr Blocks BlocksOf(int64_t block_size) {
     return block_size == 16 ? Blocks::k16 : block_size == 32 ? Blocks::k32 : Blocks::kWide;
   }
 
@@ -319,39 +362,47 @@ struct Gemm {
   }
 
   static constexpr int kStaticBytes = 4 << 10;  // of shared memory, at most
-  static_assert(sizeof(RouteTable) + kMaxSlots * sizeof(RowTile) <= kStaticBytes);
+  static_assert(sizeof(RouteTable) + kMaxSlots * sizeof(RowTile) + sizeof(Cuts) <= kStaticBytes);
 
   /// Shared memory but for x: parts and rings.
-  static int FixedBytes(Blocks blocks, bool offsets, int tile_rows) {
+  static int FixedBytes(Blocks blocks, Offsets offsets, bool large) {
     int bytes = 0;
-    WithKernel(DType::kFloat16, blocks, offsets, tile_rows,
+    WithKernel(DType::kFloat16, blocks, offsets, large,
                [&](auto*, int fixed_bytes) { bytes = fixed_bytes; });
     return bytes;
   }
 
-  /// fn(kernel, its shared memory but for x) for the combination.
+  /// fn(kernel, its shared memory but for x) for the combination; see IsLarge.
   template <class Fn>
-  static void WithKernel(DType dtype, Blocks blocks, bool offsets, int tile_rows, Fn&& fn) {
-    const auto with_rows = [&]<class T, Blocks kBlocks, bool kOffsets>() {
+  static void WithKernel(DType dtype, Blocks blocks, Offsets offsets, bool large, Fn&& fn) {
+    const auto with_rows = [&]<class T, Blocks kBlocks, Offsets kOffsets>() {
       const auto with_n = [&]<int kN>() {
         fn(&gemv_sm80<F, T, kBlocks, kOffsets, kN>,
-           kPartBytes<kN> + kWarps * WeightStage<F, kBlocks, kOffsets>::kRing);
+           kPartBytes<kN> + kUnitEndsBytes<kN> +
+               kWarps * WeightStage<F, kBlocks, kOffsets != Offsets::kNone>::kRing);
       };
-      tile_rows > 8 ? with_n.template operator()<2>() : with_n.template operator()<1>();
+      large ? with_n.template operator()<2>() : with_n.template operator()<1>();
     };
     const auto with_blocks = [&]<class T, Blocks kBlocks>() {
       if constexpr (F::kZeroPoints) {
-        if (offsets) return with_rows.template operator()<T, kBlocks, true>();
+        if (offsets == Offsets::kIntegers)
+          return with_rows.template operator()<T, kBlocks, Offsets::kIntegers>();
+        if (offsets == Offsets::kAny)
+          return with_rows.template operator()<T, kBlocks, Offsets::kAny>();
       }
-      with_rows.template operator()<T, kBlocks, false>();
+      with_rows.template operator()<T, kBlocks, Offsets::kNone>();
     };
     const auto with_type = [&]<class T>() {
-      if (blocks == Blocks::k16)
-        with_blocks.template operator()<T, Blocks::k16>();
-      else if (blocks == Blocks::k32)
-        with_blocks.template operator()<T, Blocks::k32>();
-      else
-        with_blocks.template operator()<T, Blocks::kWide>();
+      if constexpr (F::kBlockSize != 0) {
+        with_blocks.template operator()<T, BlocksOf(F::kBlockSize)>();
+      } else {
+        if (blocks == Blocks::k16)
+          with_blocks.template operator()<T, Blocks::k16>();
+        else if (blocks == Blocks::k32)
+          with_blocks.template operator()<T, Blocks::k32>();
+        else
+          with_blocks.template operator()<T, Blocks::kWide>();
+      }
     };
     dtype == DType::kFloat16 ? with_type.template operator()<__half>()
                              : with_type.template operator()<__nv_bfloat16>();
@@ -359,9 +410,9 @@ struct Gemm {
 
   static void Prepare(DType dtype, int sm) {
     for (Blocks blocks : {Blocks::k16, Blocks::k32, Blocks::kWide})
-      for (bool offsets : {false, true})
-        for (int rows : {8, 16})
-          WithKernel(dtype, blocks, offsets, rows, [&](auto* kernel, int) {
+      for (Offsets offsets : {Offsets::kNone, Offsets::kIntegers, Offsets::kAny})
+        for (bool large : {false, true})
+          WithKernel(dtype, blocks, offsets, large, [&](auto* kernel, int) {
             PrepareKernel("gemv_sm80", reinterpret_cast<const void*>(kernel),
                           SharedLimit(sm) - kStaticBytes);
           });
@@ -373,14 +424,16 @@ struct Gemm {
 
   static void LaunchRouted(const CudaGemmArgs& args, const FusedRoute& fused, cudaStream_t stream) {
     const Blocks scales = BlocksOf(int64_t(1) << args.block_shift);
-    const bool offsets = args.zero_offsets != nullptr;
-    Plan plan =
-        MakePlan(args.tile_rows, FixedBytes(scales, offsets, args.tile_rows), args.k, args.sm);
+    const Offsets offsets = OffsetsOf(args);
+    const bool large = IsLarge(args.stage, args.tile_rows);
+    QMOE_REQUIRE(!fused.enabled || large == (fused.route.tokens > 1), "gemv_sm80 cannot route ",
+                 fused.route.tokens, " tokens in tiles of ", args.tile_rows, " rows");
+    Plan plan = MakePlan(args.tile_rows, FixedBytes(scales, offsets, large), args.k, args.sm);
     const int64_t blocks = std::min<int64_t>(args.multiprocessors, args.max_tiles * args.row_tiles);
     const int k_tiles = (args.k + kTileK - 1) / kTileK;
     plan.k_tiles = FastDivisor(k_tiles), plan.x_chunks = FastDivisor(k_tiles * 8);
     plan.row_tiles = FastDivisor(args.row_tiles), plan.blocks = FastDivisor(uint32_t(blocks));
-    WithKernel(args.dtype, scales, offsets, args.tile_rows, [&](auto* kernel, int fixed_bytes) {
+    WithKernel(args.dtype, scales, offsets, large, [&](auto* kernel, int fixed_bytes) {
       const int shared_bytes = fixed_bytes + plan.rows * plan.row_stride;
       ::qmoe_plugin::Launch("gemv_sm80", kernel, blocks, kThreads, shared_bytes, args.overlap,
                             stream, args, plan, fused);

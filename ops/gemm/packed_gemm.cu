@@ -84,6 +84,7 @@ void PackedGemm::LaunchRouted(const Choice& choice, const CudaGemmArgs& args,
 CudaGemmArgs PackedGemm::Args(const Choice& choice) const {
   const PackedHeader& header = weights_.header;
   CudaGemmArgs args{};
+  args.stage = problem_.stage;
   args.dtype = problem_.dtype;
   args.codes = weights_.codes();
   args.block_scales = weights_.block_scales();

@@ -102,9 +102,6 @@ class ItemQueue {
   uint32_t parity_ = 0;
 };
 
-/// Zero offsets: none; integers, which 16 bits add to codes exactly; or any, or none where 16 bits do not hold values and scales.
-enum class Offsets { kNone, kIntegers, kAny };
-
 /// A stage of the pipeline in shared memory, and what follows from its size. kRows: rows of x in a tile, 32, 96, 128 or 256; kStacks:
 /// stacks of 64 weight rows of each consumer.
 template <class F, int kRows, int kStacks, Offsets kOffsets>

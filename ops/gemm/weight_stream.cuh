@@ -40,18 +40,15 @@ class WeightStream {
  public:
   /// `left` k tiles from tile `k_tile` of row tile `row_tile` of the first slot of `slots` on.
   __device__ WeightStream(const CudaGemmArgs& args, uint32_t ring, const RowTile* slots,
-                          int row_tile, int k_tile, int left, int k_tiles, int lane)
+                          int row_tile, int k_tile, int left, int lane)
       : to_(ring + lane * 16),
         end_(to_ + Stage::kRing),
         lane_(lane),
-        k_tiles_(k_tiles),
         slot_(slots),
         row_tile_(row_tile),
         left_(left) {
     // Lanes beyond the chunks of scales copy zero offsets.
-    scales_ =
-        static_cast<const __half*>(lane < kScaleChunks ? args.block_scales : args.zero_offsets);
-    copies_scales_ = scales_ != nullptr && lane < kScaleChunks * (kOffsets ? 2 : 1);
+    copies_scales_ = Scales(args) != nullptr && lane < kScaleChunks * (kOffsets ? 2 : 1);
     if (left > 0) Begin(args, k_tile);
   }
 
@@ -72,13 +69,14 @@ class WeightStream {
  private:
   /// From k tile `k_tile` of the present row tile on.
   __device__ void Begin(const CudaGemmArgs& args, int k_tile) {
-    const int count = min(k_tiles_ - k_tile, left_);
+    const int count = min((args.k + kTileK - 1) / kTileK - k_tile, left_);
     whole_ = count / Stage::kTiles;
     rest_ = count % Stage::kTiles;
     left_ -= count;
     codes_ = TileCodes(args, slot_->expert, row_tile_) + lane_ * 16 + int64_t(k_tile) * kStride;
     tile_ = k_tile + lane_ % kScaleChunks / kTileChunks;
-    row_scales_ = scales_ + TileScales(args, slot_->expert, row_tile_) + lane_ % kTileChunks * 8;
+    row_scales_ =
+        Scales(args) + TileScales(args, slot_->expert, row_tile_) + lane_ % kTileChunks * 8;
     if constexpr (kBlocks != ScaleBlocks::kWide) row_scales_ += tile_ * (Stage::kPairs * kTileRows);
   }
 
@@ -99,6 +97,10 @@ class WeightStream {
     Advance(count);
   }
 
+  __device__ const __half* Scales(const CudaGemmArgs& args) const {
+    return static_cast<const __half*>(lane_ < kScaleChunks ? args.block_scales : args.zero_offsets);
+  }
+
   __device__ const __half* ScalesOf(const CudaGemmArgs& args) const {
     if constexpr (kBlocks != ScaleBlocks::kWide) return row_scales_;
     return row_scales_ + ((tile_ * kTileK) >> args.block_shift) * kTileRows;
@@ -115,14 +117,14 @@ class WeightStream {
   }
 
   uint32_t to_, end_;  // where this lane's chunk of the next stage goes; the ring's end
-  int lane_, k_tiles_;
+  int lane_;
   const RowTile* slot_;
   int row_tile_;
   int whole_ = 0, rest_ = 0, left_;  // whole stages, then tiles, of this row tile; then tiles
   int tile_;                         // k tile whose scales this lane copies next
   bool copies_scales_;
   const uint8_t* codes_;
-  const __half *scales_, *row_scales_;
+  const __half* row_scales_;
 };
 
 }  // namespace qmoe_plugin

@@ -5,12 +5,18 @@
 #include "ops/common/tile.cuh"
 #include "ops/gemm/fused_route.cuh"
 #include "ops/gemm/gemm.cuh"
+#include "ops/qmoe/activation_quant.cuh"
 
 namespace qmoe_plugin::gemv_sm80 {
 
 inline constexpr int kWarps = 16, kThreads = kWarps * 32;
 inline constexpr int kMaxSlots = 4;  // that a block works on at once
-static_assert(kWarps >= kFusedTokens && kThreads >= kFusedExperts);
+/// What a unit costs with up to 8 rows of x, and with more; measured.
+inline constexpr uint32_t kFewCost = 10, kManyCost = 13;
+/// Most units of a launch: the sum of their costs has 31 bits.
+inline constexpr int64_t kMaxUnits = INT32_MAX / kManyCost;
+static_assert(kWarps >= kFusedTokens && kThreads >= kFusedExperts &&
+              kThreads >= kFusedRows * kRankParts);
 
 /// How a launch is cut.
 struct Plan {
@@ -19,42 +25,56 @@ struct Plan {
   FastDivisor k_tiles, row_tiles, x_chunks, blocks;
 };
 
-/// Where this block's units begin and end if all cost the same: those of more than 8 rows take longer. One warp; all lanes get both.
-__device__ inline void CutByCost(const CudaGemmArgs& args, int slots, int lane, int* begin,
-                                 int* end) {
-  constexpr int kFew = 10, kMany = 13;  // measured
-  const auto cost = [&](int slot) {
+/// Shared memory of CutByCost.
+struct Cuts {
+  uint32_t warp_costs[kWarps];
+  int units[2];
+};
+
+/// Where this block's units begin and end, those of slots with more than 8 rows costing more. All threads take part; each has some
+/// neighbouring slots, usually one.
+__device__ inline void CutByCost(const CudaGemmArgs& args, const Plan& plan, int slots, Cuts& cuts,
+                                 int* begin, int* end) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const auto cost_of = [&](int slot) {
     RowTile tile;
-    if (slot >= slots || !GetRowTile(args, slot, &tile)) return 0;
-    return tile.row_count > 8 ? kMany : kFew;
+    GetRowTile(args, slot, &tile);
+    return tile.row_count > 8 ? kManyCost : kFewCost;
   };
-  int64_t all = 0;
-  for (int first = 0; first < slots; first += 32)
-    all += __reduce_add_sync(0xffffffff, unsigned(cost(first + lane)));
-  all *= args.row_tiles;
-  const int64_t from = all * blockIdx.x / gridDim.x, to = all * (blockIdx.x + 1) / gridDim.x;
-  int begins = 0, ends = 0;  // units that begin before `from` and `to`, of this lane's slots
-  int64_t before = 0;        // cost of the slots so far
-  for (int first = 0; first < slots; first += 32) {
-    const int mine = cost(first + lane);
-    int sum = mine;
+  const int per_thread = (slots + kThreads - 1) / kThreads;
+  const int first = threadIdx.x * per_thread, last = min(first + per_thread, slots);
+  uint32_t cost = 0;
+  for (int slot = first; slot < last; ++slot) cost += cost_of(slot);
+  uint32_t sum = cost;  // of this thread and those before it
 #pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-      const int other = __shfl_up_sync(0xffffffff, sum, offset);
-      if (lane >= offset) sum += other;
-    }
-    const int64_t slot_begin = before + int64_t(sum - mine) * args.row_tiles;
-    const auto units_before = [&](int64_t cut) {
-      if (mine == 0 || cut <= slot_begin) return 0;
-      const int64_t units = min((cut - slot_begin + mine - 1) / mine, int64_t(args.row_tiles));
-      return (first + lane) * args.row_tiles + int(units);
-    };
-    begins = max(begins, units_before(from));
-    ends = max(ends, units_before(to));
-    before += int64_t(__shfl_sync(0xffffffff, sum, 31)) * args.row_tiles;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const uint32_t other = __shfl_up_sync(0xffffffff, sum, offset);
+    if (lane >= offset) sum += other;
   }
-  *begin = int(__reduce_max_sync(0xffffffff, unsigned(begins)));
-  *end = int(__reduce_max_sync(0xffffffff, unsigned(ends)));
+  if (lane == 31) cuts.warp_costs[warp] = sum;
+  __syncthreads();
+  const uint32_t others = lane < kWarps ? cuts.warp_costs[lane] : 0;
+  const uint32_t all = __reduce_add_sync(0xffffffff, others) * uint32_t(args.row_tiles);
+  uint32_t before = (__reduce_add_sync(0xffffffff, lane < warp ? others : 0) + sum - cost) *
+                    uint32_t(args.row_tiles);
+  const uint32_t share = plan.blocks.Divide(int(all)), rest = all - share * gridDim.x;
+  const auto cut = [&](uint32_t block) { return share * block + min(block, rest); };
+  const uint32_t from[2] = {cut(blockIdx.x), cut(blockIdx.x + 1)};
+  for (int slot = first; slot < last; ++slot) {
+    const uint32_t mine = cost_of(slot), after = before + mine * uint32_t(args.row_tiles);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (from[i] < before || from[i] >= after) continue;
+      const uint32_t inside = from[i] - before;  // units that begin before the cut are not cut off
+      const uint32_t units = mine == kFewCost ? (inside + kFewCost - 1) / kFewCost
+                                              : (inside + kManyCost - 1) / kManyCost;
+      cuts.units[i] = slot * args.row_tiles + int(units);
+    }
+    before = after;
+  }
+  __syncthreads();
+  *begin = from[0] == all ? slots * args.row_tiles : cuts.units[0];
+  *end = from[1] == all ? slots * args.row_tiles : cuts.units[1];
 }
 
 /// Rows of x of `slots` slots, one after the other, to shared memory. Waits for nothing.
@@ -87,6 +107,29 @@ __device__ void StageX(const CudaGemmArgs& args, const Plan& plan, const RowTile
   CopyAsyncCommit();
 }
 
+/// Quantises what this thread's copies of StageX have brought.
+template <class T>
+__device__ void QuantizeX(const CudaGemmArgs& args, const Plan& plan, const RowTile* tiles,
+                          int slots, char* shared) {
+  const int chunks = (args.k + kTileK - 1) / kTileK * 8, lane = threadIdx.x % 32;
+  for (int slot = 0; slot < slots; shared += tiles[slot++].row_count * plan.row_stride) {
+    const int all = tiles[slot].row_count * chunks;
+    for (int first = threadIdx.x - lane; first < all; first += kThreads) {
+      const int index = min(first + lane, all - 1);
+      const bool valid = index == first + lane;  // whole warps take part
+      const int row = plan.x_chunks.Divide(index), k = (index - row * chunks) * 8;
+      auto& chunk = *reinterpret_cast<Vector<T, 8>*>(shared + row * plan.row_stride + k * 2);
+      Vector<T, 8> v{};
+      if (valid) v = chunk;
+      if (args.x_quant == ActivationQuant::kMxFp8)
+        QuantizeMx(v.values);
+      else
+        QuantizeFp8(v.values, args.x_scales[tiles[slot].expert]);
+      if (valid) chunk = v;
+    }
+  }
+}
+
 /// Row scales and biases of a lane's tile rows, g and g + 8.
 struct UnitEnd {
   float2 scale, bias;
@@ -97,6 +140,27 @@ __device__ inline UnitEnd LoadUnitEnd(const CudaGemmArgs& args, int expert, int 
   const int64_t at = (int64_t(expert) * args.row_tiles + row_tile) * kTileRows + lane / 4 * 2;
   UnitEnd end{*reinterpret_cast<const float2*>(args.row_scales + at), make_float2(0.0f, 0.0f)};
   if (args.bias != nullptr) end.bias = *reinterpret_cast<const float2*>(args.bias + at);
+  return end;
+}
+
+/// The same by way of shared memory, [2, 16], where registers are few: copies that belong to the next committed group, and what
+/// they have brought.
+inline constexpr int kUnitEndBytes = 2 * kTileRows * int(sizeof(float));
+
+__device__ inline void CopyUnitEnd(const CudaGemmArgs& args, int expert, int row_tile, int lane,
+                                   uint32_t shared) {
+  const int64_t at = (int64_t(expert) * args.row_tiles + row_tile) * kTileRows + lane % 4 * 4;
+  if (lane < 4) CopyAsync<16>(shared + lane * 16, args.row_scales + at);
+  if (lane / 4 == 1 && args.bias != nullptr) CopyAsync<16>(shared + lane * 16, args.bias + at);
+}
+
+__device__ inline UnitEnd ReadUnitEnd(const CudaGemmArgs& args, int lane, uint32_t shared) {
+  const auto read = [&](uint32_t at) {
+    const uint2 v = LoadShared8(shared + at + lane / 4 * 8);
+    return make_float2(__uint_as_float(v.x), __uint_as_float(v.y));
+  };
+  UnitEnd end{read(0), make_float2(0.0f, 0.0f)};
+  if (args.bias != nullptr) end.bias = read(kTileRows * int(sizeof(float)));
   return end;
 }
 

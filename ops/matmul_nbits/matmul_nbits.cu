@@ -76,6 +76,9 @@ class CudaMatMulNBits final : public MatMulNBits {
       GatherK(tensors, context.workspace, stream);
       args.x = context.workspace;
       args.x_stride = packed_k_;
+    } else if (choice.gemm().quantizes_x) {
+      args.x_quant = config_.activation_quant();
+      args.x_scales = reinterpret_cast<const float*>(act_scale_.get());
     } else if (config_.act_scale) {
       Quantize(tensors, context.workspace, stream);
       args.x = context.workspace;
@@ -106,7 +109,8 @@ class CudaMatMulNBits final : public MatMulNBits {
                            .scales = reinterpret_cast<const float*>(act_scale_.get()),
                            .expert_offsets = nullptr,
                            .experts = 1,
-                           .y = out},
+                           .y = out,
+                           .overlap = Overlap::kNone},
                           stream);
   }
 

@@ -2,14 +2,11 @@
 
 #include "ops/common/cuda_host.h"
 #include "ops/common/types.cuh"
-#include "ops/qmoe/activation_quant.h"
 
 namespace qmoe_plugin {
 namespace {
 
 constexpr int kThreads = 256;
-static_assert(kMxBlock == 32, "a warp or a part of it takes one block");
-
 /// The expert that row `row` belongs to: the last one whose rows begin at or before it. Experts
 /// without rows begin where the next one does and are passed over.
 __device__ int ExpertOfRow(const int* offsets, int experts, int64_t row) {
@@ -28,6 +25,8 @@ __device__ int ExpertOfRow(const int* offsets, int experts, int64_t row) {
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) activation_quant(const ActivationQuantArgs args) {
   constexpr int kLanes = kMxBlock / kWidth;  // that have a block
+  LetNextStart();
+  WaitForPrevious();
   const int blocks = (args.k + kMxBlock - 1) / kMxBlock, lane = threadIdx.x % kLanes;
   const int64_t block = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
   const int64_t row =
@@ -40,24 +39,11 @@ __global__ void __launch_bounds__(kThreads) activation_quant(const ActivationQua
     v = *reinterpret_cast<const Vector<T, kWidth>*>(static_cast<const T*>(args.x) +
                                                     source * args.k + column);
   if (args.mode == ActivationQuant::kMxFp8) {
-    uint32_t magnitude = 0;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      magnitude = max(magnitude, MagnitudeBits(ToFloat(v.values[i])));
-#pragma unroll
-    for (int other = 1; other < kLanes; other *= 2)
-      magnitude = max(magnitude, __shfl_xor_sync(0xffffffff, magnitude, other));
-    const auto scale = MxScaleOf(magnitude);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      v.values[i] = FromFloat<T>(QuantizeMx(ToFloat(v.values[i]), scale));
+    QuantizeMx(v.values);
   } else {
     const int expert =
         args.expert_offsets != nullptr ? ExpertOfRow(args.expert_offsets, args.experts, row) : 0;
-    const float scale = args.scales[expert];
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      v.values[i] = FromFloat<T>(RoundToE4M3(ToFloat(v.values[i]) / scale));
+    QuantizeFp8(v.values, args.scales[expert]);
   }
   if (valid)
     *reinterpret_cast<Vector<T, kWidth>*>(static_cast<T*>(args.y) + row * args.k + column) = v;
@@ -80,8 +66,8 @@ void LaunchActivationQuant(const ActivationQuantArgs& args, cudaStream_t stream)
       reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.y);
   WithKernel(args.dtype, args.k % 8 == 0 && addresses % 16 == 0, [&](auto* kernel, int width) {
     const int64_t threads = blocks * (kMxBlock / width);
-    Launch("activation_quant", kernel, (threads + kThreads - 1) / kThreads, kThreads, 0, stream,
-           args);
+    Launch("activation_quant", kernel, (threads + kThreads - 1) / kThreads, kThreads, 0,
+           args.overlap, stream, args);
   });
 }
 

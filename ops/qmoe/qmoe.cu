@@ -1,7 +1,7 @@
 // QMoE on CUDA: route, permute, fc1 with its activation, fc2, unpermute. Where fc1's kernel wants the rows of x sorted, permute
 // copies them into the workspace. With quantised activations x is quantised into the workspace, before route, or before fc1 where
-// it needs to know the experts; the hidden rows in place before fc2. For few tokens fc1 and fc2 route by themselves where their
-// kernels can, and three launches are left; for one token fc2 adds up what its experts give, and two are left.
+// it needs to know the experts; the hidden rows in place before fc2. For few tokens fc1 and fc2 route, and quantise what they read, by
+// themselves where their kernels can, and three launches are left; for one token fc2 adds up what its experts give, and two are left.
 //
 // Long inputs are processed in chunks of tokens, one after the other in the same workspace, so that
 // the intermediate rows take at most kChunkBytes. Each token's output depends on its own input row
@@ -103,16 +103,18 @@ class CudaQMoe final : public QMoe {
   struct Buffers {
     PackedGemm::Choice fc1, fc2;
     int64_t fc1_max_tiles, fc2_max_tiles;
-    int* expert_ids;      // [T, k]
-    float* scales;        // [T, k]
-    int* slice_counts;    // [slices, E], see LaunchRoute
-    int* expert_offsets;  // [E + 1]
-    int* row_token;       // [T * k]
-    int* sorted_row;      // [T, k]
-    int* arrivals;        // [row tiles of fc2], for one token only
+    int* expert_ids;            // [T, k]
+    float* scales;              // [T, k]
+    int* slice_counts;          // [slices, E], see LaunchRoute
+    int* expert_offsets;        // [E + 1]
+    int* row_token;             // [T * k]
+    int* sorted_row;            // [T, k]
+    bool fused;                 // fc1 and fc2 route by themselves
+    int* arrivals;              // [row tiles of fc2], for one token only
+    SharedRoute* shared_route;  // for more tokens, if fused
     RowTile *fc1_tiles, *fc2_tiles;
     int *fc1_tile_count, *fc2_tile_count, *fc1_next_item, *fc2_next_item;
-    // x for fc1; null = not needed, or, of `sorted`, done when it was quantised.
+    // x for fc1; null = not needed (`sorted`: or done when it was quantised).
     char* quantized;  // [T, H], or [T * k, H] sorted rows where experts differ
     char* sorted;     // [T * k, H]
     char* hidden;     // [T * k, I] sorted rows
@@ -154,6 +156,8 @@ class CudaQMoe final : public QMoe {
     b.expert_offsets = arena.Take<int>(config_.experts + 1);
     b.row_token = arena.Take<int>(rows);
     b.sorted_row = arena.Take<int>(rows);
+    b.fused = MayFuse(tokens, b);
+    b.shared_route = b.fused && tokens > 1 ? arena.Take<SharedRoute>(1) : nullptr;
     b.arrivals = tokens == 1 ? arena.Take<int>(fc2_.row_tiles()) : nullptr;
     b.fc1_tiles = arena.Take<RowTile>(b.fc1_max_tiles);
     b.fc2_tiles = arena.Take<RowTile>(b.fc2_max_tiles);
@@ -163,7 +167,7 @@ class CudaQMoe final : public QMoe {
     b.fc2_next_item = arena.Take<int>(1);
     const int64_t row_bytes = config_.hidden_size * size;
     b.quantized = b.sorted = nullptr;
-    if (Quantizes())
+    if (Quantizes() && !b.fused)
       b.quantized = arena.Take<char>((quantize_by_expert_ ? rows : tokens) * row_bytes);
     if (b.fc1.gemm().wants_sorted_x && !(Quantizes() && quantize_by_expert_))
       b.sorted = arena.Take<char>(rows * row_bytes);
@@ -205,13 +209,16 @@ class CudaQMoe final : public QMoe {
     fc2.y_is_float = b.y_is_float;
     fc2.overlap = overlap;
 
-    if (MayFuse(tokens, b)) {
+    if (b.fused) {
+      fc1.x_quant = fc2.x_quant = config_.activation_quant;
+      fc1.x_scales = ActScales(0), fc2.x_scales = ActScales(1);
       FusedRoute fc1_route{}, fc2_route{};
       fc1_route.enabled = fc2_route.enabled = true;
       fc1_route.route = fc2_route.route = route;
       fc1_route.x_is_tokens = true;
-      fc1_route.route.scales = nullptr;
-      fc2_route.sorted_row = b.sorted_row;
+      fc1_route.shared = fc2_route.shared = b.shared_route;
+      fc1_route.sorted_row = b.sorted_row;
+      fc2_route.route.scales = nullptr;
       if (tokens == 1) {
         fc1_route.arrivals = fc2_route.arrivals = b.arrivals;
         fc1_route.arrival_count = fc2.row_tiles;
@@ -244,7 +251,7 @@ class CudaQMoe final : public QMoe {
       if (Quantizes() && quantize_by_expert_) QuantizeX(b, tokens, fc1, stream);
       if (b.sorted != nullptr) fc1.x = b.sorted, fc1.x_rows = nullptr;
       fc1_.Launch(b.fc1, fc1, stream);
-      if (Quantizes()) QuantizeHidden(b, rows, stream);
+      if (Quantizes()) QuantizeHidden(b, rows, overlap, stream);
       fc2_.Launch(b.fc2, fc2, stream);
     }
 
@@ -283,9 +290,16 @@ class CudaQMoe final : public QMoe {
   /// Whether fc1 and fc2 route by themselves.
   bool MayFuse(int64_t tokens, const Buffers& b) const {
     return tokens <= kFusedTokens && tokens * config_.topk <= kFusedRows &&
-           config_.experts <= kFusedExperts && !Quantizes() &&
+           config_.experts <= kFusedExperts &&
+           (!Quantizes() || (b.fc1.gemm().quantizes_x && b.fc2.gemm().quantizes_x)) &&
            b.fc1.gemm().launch_routed != nullptr && b.fc2.gemm().launch_routed != nullptr &&
            std::min(b.fc1.tile_rows, b.fc2.tile_rows) >= tokens;
+  }
+
+  /// [E] of fc1 (0) or fc2 (1); null where there are none.
+  const float* ActScales(int gemm) const {
+    const auto* scales = reinterpret_cast<const float*>(act_scales_.get());
+    return scales != nullptr ? scales + gemm * config_.experts : nullptr;
   }
 
   /// Quantises what fc1 reads, and makes it read that.
@@ -296,27 +310,28 @@ class CudaQMoe final : public QMoe {
                            .x_rows = quantize_by_expert_ ? b.row_token : nullptr,
                            .rows = quantize_by_expert_ ? fc1.rows : tokens,
                            .k = int(config_.hidden_size),
-                           .scales = reinterpret_cast<const float*>(act_scales_.get()),
+                           .scales = ActScales(0),
                            .expert_offsets = quantize_by_expert_ ? b.expert_offsets : nullptr,
                            .experts = int(config_.experts),
-                           .y = b.quantized},
+                           .y = b.quantized,
+                           .overlap = Overlap::kNone},
                           stream);
     fc1.x = b.quantized;
     if (quantize_by_expert_) fc1.x_rows = nullptr;  // they are in sorted order already
   }
 
-  void QuantizeHidden(const Buffers& b, int64_t rows, cudaStream_t stream) const {
-    const float* scales = reinterpret_cast<const float*>(act_scales_.get());
+  void QuantizeHidden(const Buffers& b, int64_t rows, Overlap overlap, cudaStream_t stream) const {
     LaunchActivationQuant({.dtype = config_.dtype,
                            .mode = config_.activation_quant,
                            .x = b.hidden,
                            .x_rows = nullptr,
                            .rows = rows,
                            .k = int(config_.inter_size),
-                           .scales = scales != nullptr ? scales + config_.experts : nullptr,
+                           .scales = ActScales(1),
                            .expert_offsets = b.expert_offsets,
                            .experts = int(config_.experts),
-                           .y = b.hidden},
+                           .y = b.hidden,
+                           .overlap = overlap},
                           stream);
   }
 

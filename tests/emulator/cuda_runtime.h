@@ -167,6 +167,7 @@ auto OnWarp(const char* what, uint32_t mask, const T& mine, const Result& result
 }
 }  // namespace emulator
 
+inline void __threadfence() {}  // threads run one after the other
 inline void __syncwarp(uint32_t mask = 0xffffffff) {
   emulator::OnWarp("__syncwarp", mask, 0, [](const int*) { return 0; });
 }

@@ -115,7 +115,10 @@ inline void LetNextStart() {}
 inline void WaitForPrevious() {}
 inline void PrefetchL2(const void*) {}
 inline int AddAcquireRelease(int* at, int value) { return atomicAdd(at, value); }
-inline float LoadL2(const float* p) { return *p; }
+template <class T>
+T LoadL2(const T* p) {
+  return *p;
+}
 
 /// Threads of a part of the block meet at barrier 1 to 15.
 template <int kThreads>
