@@ -14,7 +14,6 @@ namespace qmoe_plugin {
 struct RouteTable {
   int slots;
   int expert_ids[kFusedRows];  // [T, k]
-  int sorted_row[kFusedRows];  // [T, k]
   int row_token[kFusedRows];   // of each sorted row
   RowTile tiles[kFusedRows];   // of each slot
   // Of a single token:
@@ -149,7 +148,6 @@ __device__ inline void RouteInBlock(const FusedRoute& args, RouteTable& table) {
       counts += __shfl_xor_sync(0xffffffff, counts, part);
     if (thread % kRankParts == 0 && row < rows) {
       const int before = int(counts >> 8 & 0xff), rank = int(counts & 0xff) + before;
-      table.sorted_row[row] = rank;
       table.row_token[rank] = row / route.topk;
       // The first row of an expert stands for its slot: parked at its sorted row until slots are counted.
       table.tiles[rank] = {expert, rank, before == 0 ? int(counts >> 16) : 0};

@@ -29,8 +29,10 @@ namespace qmoe_plugin::gemv_sm80 {
 using Blocks = ScaleBlocks;
 
 /// Sums of units that several warps share: two of each warp, one of its first and one of its last unit.
-template <int kN>
-inline constexpr int kPartBytes = kWarps * 2 * 32 * 4 * kN * int(sizeof(float));
+constexpr int PartTiles(int tile_rows) { return tile_rows > 8 ? 2 : 1; }  // n8 tiles of them
+constexpr int PartBytes(int part_tiles) {
+  return kWarps * 2 * 32 * 4 * part_tiles * int(sizeof(float));
+}
 
 /// Of each warp, if it keeps them there.
 template <int kN>
@@ -106,8 +108,9 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint32_t ring = SharedAddress(DynamicShared()) + warp * Stage::kRing;
   asm volatile("" : "+r"(ring));  // keep it: the compiler would rather compute it anew each time
+  const int part_tiles = kN == 1 ? 1 : plan.part_tiles;
   float4* const parts = reinterpret_cast<float4*>(DynamicShared() + kWarps * Stage::kRing);
-  char* const unit_ends = reinterpret_cast<char*>(parts) + kPartBytes<kN>;
+  char* const unit_ends = reinterpret_cast<char*>(parts) + PartBytes(part_tiles);
   char* const shared_x = unit_ends + kUnitEndsBytes<kN>;
   const uint32_t unit_end_copy = SharedAddress(unit_ends) + warp * kUnitEndBytes;
 
@@ -248,8 +251,9 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
         const int part = warp * 2 + (unit != first_unit);
 #pragma unroll
         for (int n = 0; n < kN; ++n)
-          parts[(part * kN + n) * 32 + lane] =
-              make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+          if (n < part_tiles)
+            parts[(part * part_tiles + n) * 32 + lane] =
+                make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
       }
 #pragma unroll
       for (int n = 0; n < kN; ++n)
@@ -270,7 +274,8 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
         const int part = w * 2 + (first_unit != plan.k_tiles.Divide(from));
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
-          const float4 v = parts[(part * kN + n) * 32 + lane];
+          if (n >= part_tiles) break;
+          const float4 v = parts[(part * part_tiles + n) * 32 + lane];
           sums[n][0] += v.x, sums[n][1] += v.y, sums[n][2] += v.z, sums[n][3] += v.w;
         }
         if (to >= (first_unit + 1) * k_tiles) break;
@@ -333,7 +338,8 @@ struct Gemm {
   static Plan PlanOf(const GemmProblem& p, int tile_rows) {
     const Blocks blocks = p.block_size == 0 ? Blocks::kWide : BlocksOf(p.block_size);
     const Offsets offsets = p.zero_points ? Offsets::kAny : Offsets::kNone;
-    return MakePlan(tile_rows, FixedBytes(blocks, offsets, IsLarge(p.stage, tile_rows)), p.k, p.sm);
+    const bool large = IsLarge(p.stage, tile_rows);
+    return MakePlan(tile_rows, FixedBytes(blocks, offsets, large, tile_rows), p.k, p.sm);
   }
 
   /// Whether the kernel with kN = 2 runs: for all but one token and dense products with up to 8 rows, where two blocks of the other
@@ -347,7 +353,7 @@ struct Gemm {
     return args.integer_offsets ? Offsets::kIntegers : Offsets::kAny;
   }
 
-  static constexpr Blocks BlocksOf(int64_t block_size) {
+  static Blocks BlocksOf(int64_t block_size) {
     return block_size == 16 ? Blocks::k16 : block_size == 32 ? Blocks::k32 : Blocks::kWide;
   }
 
@@ -356,7 +362,11 @@ struct Gemm {
     Plan plan{};
     plan.row_stride = int((k + kTileK - 1) / kTileK * kTileK * 2 + 16);
     const int64_t room = SharedLimit(sm) - kStaticBytes - fixed_bytes;
-    plan.rows = int(std::clamp<int64_t>(room / plan.row_stride, 0, 3 * tile_rows));
+    // A block of one token has less than a slot's units, so that two slots are the most. More would keep blocks from fitting beside
+    // each other.
+    const int64_t wanted = tile_rows == 1 ? 2 : 3 * tile_rows;
+    plan.rows = int(std::clamp<int64_t>(room / plan.row_stride, 0, wanted));
+    plan.part_tiles = PartTiles(tile_rows);
     if (plan.rows < tile_rows) plan.rows = 0;
     return plan;
   }
@@ -365,20 +375,19 @@ struct Gemm {
   static_assert(sizeof(RouteTable) + kMaxSlots * sizeof(RowTile) + sizeof(Cuts) <= kStaticBytes);
 
   /// Shared memory but for x: parts and rings.
-  static int FixedBytes(Blocks blocks, Offsets offsets, bool large) {
+  static int FixedBytes(Blocks blocks, Offsets offsets, bool large, int tile_rows) {
     int bytes = 0;
-    WithKernel(DType::kFloat16, blocks, offsets, large,
-               [&](auto*, int fixed_bytes) { bytes = fixed_bytes; });
-    return bytes;
+    WithKernel(DType::kFloat16, blocks, offsets, large, [&](auto*, int own) { bytes = own; });
+    return bytes + PartBytes(PartTiles(tile_rows));
   }
 
-  /// fn(kernel, its shared memory but for x) for the combination; see IsLarge.
+  /// fn(kernel, its shared memory but for parts and x) for the combination; see IsLarge.
   template <class Fn>
   static void WithKernel(DType dtype, Blocks blocks, Offsets offsets, bool large, Fn&& fn) {
     const auto with_rows = [&]<class T, Blocks kBlocks, Offsets kOffsets>() {
       const auto with_n = [&]<int kN>() {
         fn(&gemv_sm80<F, T, kBlocks, kOffsets, kN>,
-           kPartBytes<kN> + kUnitEndsBytes<kN> +
+           kUnitEndsBytes<kN> +
                kWarps * WeightStage<F, kBlocks, kOffsets != Offsets::kNone>::kRing);
       };
       large ? with_n.template operator()<2>() : with_n.template operator()<1>();
@@ -393,16 +402,12 @@ struct Gemm {
       with_rows.template operator()<T, kBlocks, Offsets::kNone>();
     };
     const auto with_type = [&]<class T>() {
-      if constexpr (F::kBlockSize != 0) {
-        with_blocks.template operator()<T, BlocksOf(F::kBlockSize)>();
-      } else {
-        if (blocks == Blocks::k16)
-          with_blocks.template operator()<T, Blocks::k16>();
-        else if (blocks == Blocks::k32)
-          with_blocks.template operator()<T, Blocks::k32>();
-        else
-          with_blocks.template operator()<T, Blocks::kWide>();
-      }
+      if (blocks == Blocks::k16)
+        with_blocks.template operator()<T, Blocks::k16>();
+      else if (blocks == Blocks::k32)
+        with_blocks.template operator()<T, Blocks::k32>();
+      else
+        with_blocks.template operator()<T, Blocks::kWide>();
     };
     dtype == DType::kFloat16 ? with_type.template operator()<__half>()
                              : with_type.template operator()<__nv_bfloat16>();
@@ -428,12 +433,13 @@ struct Gemm {
     const bool large = IsLarge(args.stage, args.tile_rows);
     QMOE_REQUIRE(!fused.enabled || large == (fused.route.tokens > 1), "gemv_sm80 cannot route ",
                  fused.route.tokens, " tokens in tiles of ", args.tile_rows, " rows");
-    Plan plan = MakePlan(args.tile_rows, FixedBytes(scales, offsets, large), args.k, args.sm);
+    const int fixed_bytes = FixedBytes(scales, offsets, large, args.tile_rows);
+    Plan plan = MakePlan(args.tile_rows, fixed_bytes, args.k, args.sm);
     const int64_t blocks = std::min<int64_t>(args.multiprocessors, args.max_tiles * args.row_tiles);
     const int k_tiles = (args.k + kTileK - 1) / kTileK;
     plan.k_tiles = FastDivisor(k_tiles), plan.x_chunks = FastDivisor(k_tiles * 8);
     plan.row_tiles = FastDivisor(args.row_tiles), plan.blocks = FastDivisor(uint32_t(blocks));
-    WithKernel(args.dtype, scales, offsets, large, [&](auto* kernel, int fixed_bytes) {
+    WithKernel(args.dtype, scales, offsets, large, [&](auto* kernel, int) {
       const int shared_bytes = fixed_bytes + plan.rows * plan.row_stride;
       ::qmoe_plugin::Launch("gemv_sm80", kernel, blocks, kThreads, shared_bytes, args.overlap,
                             stream, args, plan, fused);
