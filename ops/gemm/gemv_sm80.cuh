@@ -34,10 +34,6 @@ constexpr int PartBytes(int part_tiles) {
   return kWarps * 2 * 32 * 4 * part_tiles * int(sizeof(float));
 }
 
-/// Of each warp, if it keeps them there.
-template <int kN>
-inline constexpr int kUnitEndsBytes = kN == 1 ? kWarps * kUnitEndBytes : 0;
-
 /// Adds k tile `tile` of a stage to the lane's sums, of the first kActive n8 tiles. x[n] is where this lane's ldmatrix row of
 /// n8 tile n lies at the stage's first k.
 template <class F, class T, Blocks kBlocks, Offsets kOffsets, int kActive, int kN>
@@ -111,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
   const int part_tiles = kN == 1 ? 1 : plan.part_tiles;
   float4* const parts = reinterpret_cast<float4*>(DynamicShared() + kWarps * Stage::kRing);
   char* const unit_ends = reinterpret_cast<char*>(parts) + PartBytes(part_tiles);
-  char* const shared_x = unit_ends + kUnitEndsBytes<kN>;
+  char* const shared_x = unit_ends + kWarps * plan.unit_end_bytes;
   const uint32_t unit_end_copy = SharedAddress(unit_ends) + warp * kUnitEndBytes;
 
   if (args.tiles_are_new) WaitForPrevious();
@@ -186,10 +182,9 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     const bool finishes = first > first_unit * k_tiles && earlier <= first_unit * k_tiles;
     UnitEnd first_end{};  // on its way while the warp multiplies
     if (finishes) {
-      if constexpr (kN == 1)
+      if (kN == 1 && plan.unit_end_bytes != 0)
         CopyUnitEnd(args, first_tile->expert, first_row_tile, lane, unit_end_copy);
-      else
-        first_end = LoadUnitEnd(args, first_tile->expert, first_row_tile, lane);
+      if constexpr (kN > 1) first_end = LoadUnitEnd(args, first_tile->expert, first_row_tile, lane);
     }
 
     float sums[kN][4] = {};
@@ -267,7 +262,10 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
     __syncthreads();
 
     if (finishes) {
-      if constexpr (kN == 1) first_end = ReadUnitEnd(args, lane, unit_end_copy);
+      if constexpr (kN == 1)
+        first_end = plan.unit_end_bytes != 0
+                        ? ReadUnitEnd(args, lane, unit_end_copy)
+                        : LoadUnitEnd(args, first_tile->expert, first_row_tile, lane);
       for (int w = warp - 1; w < kWarps; ++w) {
         const int from = w * total / kWarps, to = (w + 1) * total / kWarps;
         if (from == to) continue;
@@ -339,7 +337,7 @@ struct Gemm {
     const Blocks blocks = p.block_size == 0 ? Blocks::kWide : BlocksOf(p.block_size);
     const Offsets offsets = p.zero_points ? Offsets::kAny : Offsets::kNone;
     const bool large = IsLarge(p.stage, tile_rows);
-    return MakePlan(tile_rows, FixedBytes(blocks, offsets, large, tile_rows), p.k, p.sm);
+    return MakePlan(large, tile_rows, FixedBytes(blocks, offsets, large, tile_rows), p.k, p.sm);
   }
 
   /// Whether the kernel with kN = 2 runs: for all but one token and dense products with up to 8 rows, where two blocks of the other
@@ -358,16 +356,21 @@ struct Gemm {
   }
 
   /// Without rows if not even one slot's fit.
-  static Plan MakePlan(int tile_rows, int fixed_bytes, int64_t k, int sm) {
+  static Plan MakePlan(bool large, int tile_rows, int fixed_bytes, int64_t k, int sm) {
     Plan plan{};
     plan.row_stride = int((k + kTileK - 1) / kTileK * kTileK * 2 + 16);
     const int64_t room = SharedLimit(sm) - kStaticBytes - fixed_bytes;
     // A block of one token has less than a slot's units, so that two slots are the most. More would keep blocks from fitting beside
     // each other.
     const int64_t wanted = tile_rows == 1 ? 2 : 3 * tile_rows;
-    plan.rows = int(std::clamp<int64_t>(room / plan.row_stride, 0, wanted));
     plan.part_tiles = PartTiles(tile_rows);
-    if (plan.rows < tile_rows) plan.rows = 0;
+    // Where they take the room of the last row of x (99 KB of shared memory), unit ends are loaded late.
+    for (const int bytes : {large ? 0 : kUnitEndBytes, 0}) {
+      plan.unit_end_bytes = bytes;
+      plan.rows = int(std::clamp<int64_t>((room - kWarps * bytes) / plan.row_stride, 0, wanted));
+      if (plan.rows >= tile_rows) return plan;
+    }
+    plan.rows = 0;
     return plan;
   }
 
@@ -387,8 +390,7 @@ struct Gemm {
     const auto with_rows = [&]<class T, Blocks kBlocks, Offsets kOffsets>() {
       const auto with_n = [&]<int kN>() {
         fn(&gemv_sm80<F, T, kBlocks, kOffsets, kN>,
-           kUnitEndsBytes<kN> +
-               kWarps * WeightStage<F, kBlocks, kOffsets != Offsets::kNone>::kRing);
+           kWarps * WeightStage<F, kBlocks, kOffsets != Offsets::kNone>::kRing);
       };
       large ? with_n.template operator()<2>() : with_n.template operator()<1>();
     };
@@ -434,13 +436,14 @@ struct Gemm {
     QMOE_REQUIRE(!fused.enabled || large == (fused.route.tokens > 1), "gemv_sm80 cannot route ",
                  fused.route.tokens, " tokens in tiles of ", args.tile_rows, " rows");
     const int fixed_bytes = FixedBytes(scales, offsets, large, args.tile_rows);
-    Plan plan = MakePlan(args.tile_rows, fixed_bytes, args.k, args.sm);
+    Plan plan = MakePlan(large, args.tile_rows, fixed_bytes, args.k, args.sm);
     const int64_t blocks = std::min<int64_t>(args.multiprocessors, args.max_tiles * args.row_tiles);
     const int k_tiles = (args.k + kTileK - 1) / kTileK;
     plan.k_tiles = FastDivisor(k_tiles), plan.x_chunks = FastDivisor(k_tiles * 8);
     plan.row_tiles = FastDivisor(args.row_tiles), plan.blocks = FastDivisor(uint32_t(blocks));
     WithKernel(args.dtype, scales, offsets, large, [&](auto* kernel, int) {
-      const int shared_bytes = fixed_bytes + plan.rows * plan.row_stride;
+      const int shared_bytes =
+          fixed_bytes + kWarps * plan.unit_end_bytes + plan.rows * plan.row_stride;
       ::qmoe_plugin::Launch("gemv_sm80", kernel, blocks, kThreads, shared_bytes, args.overlap,
                             stream, args, plan, fused);
     });

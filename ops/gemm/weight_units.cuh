@@ -20,9 +20,10 @@ static_assert(kWarps >= kFusedTokens && kThreads >= kFusedExperts &&
 
 /// How a launch is cut.
 struct Plan {
-  int rows;        // of x in shared memory, at most: of all slots that a block works on at once
-  int part_tiles;  // n8 tiles of the sums that warps share
-  int row_stride;  // bytes of one; 16 mod 128: ldmatrix without bank conflicts
+  int rows;            // of x in shared memory, at most: of all slots that a block works on at once
+  int part_tiles;      // n8 tiles of the sums that warps share
+  int unit_end_bytes;  // of a warp's copy of a unit's end; 0 = it has none
+  int row_stride;      // bytes of one; 16 mod 128: ldmatrix without bank conflicts
   FastDivisor k_tiles, row_tiles, x_chunks, blocks;
 };
 
