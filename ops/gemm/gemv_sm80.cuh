@@ -28,11 +28,10 @@ namespace qmoe_plugin::gemv_sm80 {
 
 using Blocks = ScaleBlocks;
 
-/// Sums of units that several warps share: two of each warp, one of its first and one of its last unit.
+/// Sums of units that several warps share, [n8 tile, lane, 4]: each warp's of its first unit. Those of its last one, when it has read
+/// all its weights, lie in its ring.
 constexpr int PartTiles(int tile_rows) { return tile_rows > 8 ? 2 : 1; }  // n8 tiles of them
-constexpr int PartBytes(int part_tiles) {
-  return kWarps * 2 * 32 * 4 * part_tiles * int(sizeof(float));
-}
+constexpr int PartBytes(int part_tiles) { return 32 * 4 * part_tiles * int(sizeof(float)); }
 
 /// Adds k tile `tile` of a stage to the lane's sums, of the first kActive n8 tiles. x[n] is where this lane's ldmatrix row of
 /// n8 tile n lies at the stage's first k.
@@ -105,8 +104,14 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
   uint32_t ring = SharedAddress(DynamicShared()) + warp * Stage::kRing;
   asm volatile("" : "+r"(ring));  // keep it: the compiler would rather compute it anew each time
   const int part_tiles = kN == 1 ? 1 : plan.part_tiles;
-  float4* const parts = reinterpret_cast<float4*>(DynamicShared() + kWarps * Stage::kRing);
-  char* const unit_ends = reinterpret_cast<char*>(parts) + PartBytes(part_tiles);
+  static_assert(PartBytes(kN) <= Stage::kRing);
+  char* const first_parts = DynamicShared() + kWarps * Stage::kRing;
+  char* const unit_ends = first_parts + kWarps * PartBytes(part_tiles);
+  const auto part_of = [&](int of_warp, bool of_first_unit) {
+    char* const part = of_first_unit ? first_parts + of_warp * PartBytes(part_tiles)
+                                     : DynamicShared() + of_warp * Stage::kRing;
+    return reinterpret_cast<float4*>(part) + lane;
+  };
   char* const shared_x = unit_ends + kWarps * plan.unit_end_bytes;
   const uint32_t unit_end_copy = SharedAddress(unit_ends) + warp * kUnitEndBytes;
 
@@ -243,12 +248,12 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
         if (kN == 1) unit_end = LoadUnitEnd(args, tiles[slot].expert, row_tile, lane);
         finish(tiles[slot], row_tile, unit_end);
       } else {
-        const int part = warp * 2 + (unit != first_unit);
+        __syncwarp();  // all lanes have read the ring
+        float4* const part = part_of(warp, unit == first_unit);
 #pragma unroll
         for (int n = 0; n < kN; ++n)
           if (n < part_tiles)
-            parts[(part * part_tiles + n) * 32 + lane] =
-                make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+            part[n * 32] = make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
       }
 #pragma unroll
       for (int n = 0; n < kN; ++n)
@@ -269,11 +274,11 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
       for (int w = warp - 1; w < kWarps; ++w) {
         const int from = w * total / kWarps, to = (w + 1) * total / kWarps;
         if (from == to) continue;
-        const int part = w * 2 + (first_unit != plan.k_tiles.Divide(from));
+        const float4* const part = part_of(w, first_unit == plan.k_tiles.Divide(from));
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
           if (n >= part_tiles) break;
-          const float4 v = parts[(part * part_tiles + n) * 32 + lane];
+          const float4 v = part[n * 32];
           sums[n][0] += v.x, sums[n][1] += v.y, sums[n][2] += v.z, sums[n][3] += v.w;
         }
         if (to >= (first_unit + 1) * k_tiles) break;
@@ -312,12 +317,15 @@ struct Gemm {
     if (2 * fits < WantedRows(p))  // weights would be read more than twice
       return Concat("only ", fits, fits == 1 ? " row" : " rows", " of ", p.k,
                     " values fit into shared memory, of ", WantedRows(p));
-    const int64_t units =
-        MaxRowTiles(p.rows, p.experts, fits) * ((p.n + kTileRows - 1) / kTileRows);
+    const int64_t units = MaxRowTiles(p.rows, p.experts, fits) *
+                          ((p.n + kTileRows - 1) / kTileRows + RoundUnits(p.k));
     if (units > kMaxUnits)
       return Concat(units, " tiles of rows by weights; it takes at most ", kMaxUnits);
     return RefuseBlockSize(p);
   }
+
+  /// Units that a block could do in the time that it takes to begin with other rows of x.
+  static int RoundUnits(int64_t k) { return int(kRoundTiles / ((k + kTileK - 1) / kTileK)); }
 
   /// Twice what an expert gets on average, but not more than there are tokens: few experts need two tiles.
   static int64_t WantedRows(const GemmProblem& p) {
@@ -381,7 +389,7 @@ struct Gemm {
   static int FixedBytes(Blocks blocks, Offsets offsets, bool large, int tile_rows) {
     int bytes = 0;
     WithKernel(DType::kFloat16, blocks, offsets, large, [&](auto*, int own) { bytes = own; });
-    return bytes + PartBytes(PartTiles(tile_rows));
+    return bytes + kWarps * PartBytes(PartTiles(tile_rows));
   }
 
   /// fn(kernel, its shared memory but for parts and x) for the combination; see IsLarge.
@@ -440,6 +448,7 @@ struct Gemm {
     const int64_t blocks = std::min<int64_t>(args.multiprocessors, args.max_tiles * args.row_tiles);
     const int k_tiles = (args.k + kTileK - 1) / kTileK;
     plan.k_tiles = FastDivisor(k_tiles), plan.x_chunks = FastDivisor(k_tiles * 8);
+    plan.round_cost = RoundUnits(args.k) * int(kFewCost);
     plan.row_tiles = FastDivisor(args.row_tiles), plan.blocks = FastDivisor(uint32_t(blocks));
     WithKernel(args.dtype, scales, offsets, large, [&](auto* kernel, int) {
       const int shared_bytes =

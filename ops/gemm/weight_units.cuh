@@ -13,6 +13,8 @@ inline constexpr int kWarps = 16, kThreads = kWarps * 32;
 inline constexpr int kMaxSlots = 4;  // that a block works on at once
 /// What a unit costs with up to 8 rows of x, and with more; measured.
 inline constexpr uint32_t kFewCost = 10, kManyCost = 13;
+/// k tiles of weights that a block could read in the time that it takes to begin with other rows of x; measured.
+inline constexpr int kRoundTiles = 450;
 /// Most units of a launch: the sum of their costs has 31 bits.
 inline constexpr int64_t kMaxUnits = INT32_MAX / kManyCost;
 static_assert(kWarps >= kFusedTokens && kThreads >= kFusedExperts &&
@@ -24,6 +26,7 @@ struct Plan {
   int part_tiles;      // n8 tiles of the sums that warps share
   int unit_end_bytes;  // of a warp's copy of a unit's end; 0 = it has none
   int row_stride;      // bytes of one; 16 mod 128: ldmatrix without bank conflicts
+  int round_cost;      // of rows of x that do not fit beside those of the slot before
   FastDivisor k_tiles, row_tiles, x_chunks, blocks;
 };
 
@@ -33,20 +36,38 @@ struct Cuts {
   int units[2];
 };
 
-/// Where this block's units begin and end, those of slots with more than 8 rows costing more. All threads take part; each has some
-/// neighbouring slots, usually one.
+/// What a slot costs: each of its units, and to begin with its rows of x.
+struct SlotCost {
+  uint32_t unit, begin;
+};
+
+__device__ inline SlotCost CostOf(const CudaGemmArgs& args, const Plan& plan, int slot) {
+  const auto rows_of = [&](int i) {
+    RowTile tile;
+    GetRowTile(args, i, &tile);
+    return tile.row_count;
+  };
+  const int rows = rows_of(slot);
+  const bool fits = slot == 0 || rows_of(slot - 1) + rows <= plan.rows;
+  return {rows > 8 ? kManyCost : kFewCost, fits ? 0u : uint32_t(plan.round_cost)};
+}
+
+/// Where this block's units begin and end, so that all blocks have the same costs. All threads take part; each has some neighbouring
+/// slots, usually one.
 __device__ inline void CutByCost(const CudaGemmArgs& args, const Plan& plan, int slots, Cuts& cuts,
                                  int* begin, int* end) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto cost_of = [&](int slot) {
-    RowTile tile;
-    GetRowTile(args, slot, &tile);
-    return tile.row_count > 8 ? kManyCost : kFewCost;
-  };
   const int per_thread = (slots + kThreads - 1) / kThreads;
   const int first = threadIdx.x * per_thread, last = min(first + per_thread, slots);
+  const auto whole = [&](SlotCost cost) {
+    return cost.begin + cost.unit * uint32_t(args.row_tiles);
+  };
+  const SlotCost of_first = first < slots ? CostOf(args, plan, first) : SlotCost{};
+  const auto cost_of = [&](int slot) {
+    return slot == first ? of_first : CostOf(args, plan, slot);
+  };
   uint32_t cost = 0;
-  for (int slot = first; slot < last; ++slot) cost += cost_of(slot);
+  for (int slot = first; slot < last; ++slot) cost += whole(cost_of(slot));
   uint32_t sum = cost;  // of this thread and those before it
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
@@ -56,20 +77,21 @@ __device__ inline void CutByCost(const CudaGemmArgs& args, const Plan& plan, int
   if (lane == 31) cuts.warp_costs[warp] = sum;
   __syncthreads();
   const uint32_t others = lane < kWarps ? cuts.warp_costs[lane] : 0;
-  const uint32_t all = __reduce_add_sync(0xffffffff, others) * uint32_t(args.row_tiles);
-  uint32_t before = (__reduce_add_sync(0xffffffff, lane < warp ? others : 0) + sum - cost) *
-                    uint32_t(args.row_tiles);
+  const uint32_t all = __reduce_add_sync(0xffffffff, others);
+  uint32_t before = __reduce_add_sync(0xffffffff, lane < warp ? others : 0) + sum - cost;
   const uint32_t share = plan.blocks.Divide(int(all)), rest = all - share * gridDim.x;
   const auto cut = [&](uint32_t block) { return share * block + min(block, rest); };
   const uint32_t from[2] = {cut(blockIdx.x), cut(blockIdx.x + 1)};
   for (int slot = first; slot < last; ++slot) {
-    const uint32_t mine = cost_of(slot), after = before + mine * uint32_t(args.row_tiles);
+    const SlotCost mine = cost_of(slot);
+    const uint32_t after = before + whole(mine);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (from[i] < before || from[i] >= after) continue;
-      const uint32_t inside = from[i] - before;  // units that begin before the cut are not cut off
-      const uint32_t units = mine == kFewCost ? (inside + kFewCost - 1) / kFewCost
-                                              : (inside + kManyCost - 1) / kManyCost;
+      const uint32_t inside = from[i] - min(before + mine.begin, from[i]);
+      // Units that begin before the cut are not cut off.
+      const uint32_t units = mine.unit == kFewCost ? (inside + kFewCost - 1) / kFewCost
+                                                   : (inside + kManyCost - 1) / kManyCost;
       cuts.units[i] = slot * args.row_tiles + int(units);
     }
     before = after;
