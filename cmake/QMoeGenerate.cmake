@@ -48,25 +48,38 @@ static_assert(std::string_view(formats::${format}::kName) == \"${format}\",
   set(${out} ${sources} PARENT_SCOPE)
 endfunction()
 
-# One .cu a (kernel, format). A kernel is a header ops/gemm/gemv_*.cuh or ops/gemm/grouped_gemm_*.cuh. Further arguments
-# name formats: without any, all.
+# One .cu a (kernel, format). A kernel is a header ops/gemm/gemv_*.cuh or ops/gemm/grouped_gemm_*.cuh. The generic ones, which
+# compile in less time than the headers that they include, share theirs. Further arguments name formats: without any, all.
 function(qmoe_generate_cuda_kernels out)
   file(GLOB kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/ops/gemm/gemv_*.cuh
        ${PROJECT_SOURCE_DIR}/ops/gemm/grouped_gemm_*.cuh)
-  set(sources "")
+  set(generic gemv_simt grouped_gemm_dequant)
+  set(units generic)
   foreach(kernel_header IN LISTS kernels)
     get_filename_component(kernel ${kernel_header} NAME_WE)
-    foreach(header IN LISTS QMOE_PLUGIN_FORMAT_HEADERS)
-      get_filename_component(format ${header} NAME_WE)
-      if(ARGN AND NOT format IN_LIST ARGN)
-        continue()
+    if(NOT kernel IN_LIST generic)
+      list(APPEND units ${kernel})
+    endif()
+  endforeach()
+  set(sources "")
+  foreach(header IN LISTS QMOE_PLUGIN_FORMAT_HEADERS)
+    get_filename_component(format ${header} NAME_WE)
+    if(ARGN AND NOT format IN_LIST ARGN)
+      continue()
+    endif()
+    foreach(unit IN LISTS units)
+      set(members ${unit})
+      if(unit STREQUAL "generic")
+        set(members ${generic})
       endif()
-      set(path ${CMAKE_CURRENT_BINARY_DIR}/generated/${kernel}.${format}.cu)
-      qmoe_write(${path} "#include \"ops/gemm/${kernel}.cuh\"
-#include \"${header}\"
-
-QMOE_REGISTER_CUDA_GEMM(${kernel}, ${format});
-")
+      set(includes "")
+      set(registrations "")
+      foreach(kernel IN LISTS members)
+        string(APPEND includes "#include \"ops/gemm/${kernel}.cuh\"\n")
+        string(APPEND registrations "QMOE_REGISTER_CUDA_GEMM(${kernel}, ${format});\n")
+      endforeach()
+      set(path ${CMAKE_CURRENT_BINARY_DIR}/generated/${unit}.${format}.cu)
+      qmoe_write(${path} "${includes}#include \"${header}\"\n\n${registrations}")
       list(APPEND sources ${path})
     endforeach()
   endforeach()
