@@ -118,6 +118,14 @@ def test_rows_of_an_expert(experts: int, tokens: int, device: str) -> None:
         verify(dataclasses.replace(case, k=min(2, experts)), device=device)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("format_name", ["int4"])
+def test_rows_of_two_experts_that_do_not_fit(format_name: str, device: str) -> None:
+    """Into a block's shared memory on a GPU: a block with weights of both begins again."""
+    sizes = {"hidden": 3584, "inter": 256, "experts": 8, "tokens": 38}
+    verify(Case(format_name, dtype="float16", **sizes), device=device)
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "silu", "relu", "gelu", "identity"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_more_tiles_than_multiprocessors(dtype: str, activation: str, device: str) -> None:

@@ -75,4 +75,4 @@ def test_other_generations_are_refused_by_name(sm: int) -> None:
 
 def test_rows_that_do_not_fit_are_the_reason() -> None:
     refusals = {v.kernel: v.refusal for v in explain(86, rows=32).verdicts}
-    assert "only 1 row of 2880 values fit" in refusals["gemv_sm80.int4"]
+    assert "only 2 rows of 2880 values fit" in refusals["gemv_sm80.int4"]
