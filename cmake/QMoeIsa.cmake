@@ -14,7 +14,7 @@ function(qmoe_select_isas name)
         if(CMAKE_MATCH_1)
           string(REPLACE "_" "-mavx512" extension "${CMAKE_MATCH_1}")
           list(APPEND flags ${extension})
-          if(source MATCHES "_vnni\\.cc$" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+          if(CMAKE_MATCH_1 STREQUAL "_vnni" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
             # A quarter less time for the same instructions: GCC would try to combine thousands of triples of them.
             list(APPEND flags --param=max-combine-insns=2)
           endif()

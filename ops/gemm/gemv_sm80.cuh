@@ -317,10 +317,10 @@ struct Gemm {
     if (2 * fits < WantedRows(p))  // weights would be read more than twice
       return Concat("only ", fits, fits == 1 ? " row" : " rows", " of ", p.k,
                     " values fit into shared memory, of ", WantedRows(p));
-    const int64_t units = MaxRowTiles(p.rows, p.experts, fits) *
-                          ((p.n + kTileRows - 1) / kTileRows + RoundUnits(p.k));
-    if (units > kMaxUnits)
-      return Concat(units, " tiles of rows by weights; it takes at most ", kMaxUnits);
+    const int64_t slots = MaxRowTiles(p.rows, p.experts, fits);
+    const int64_t units = slots * ((p.n + kTileRows - 1) / kTileRows);
+    const int64_t most = kMaxUnits - slots * RoundUnits(p.k);
+    if (units > most) return Concat(units, " tiles of rows by weights; it takes at most ", most);
     return RefuseBlockSize(p);
   }
 
@@ -385,7 +385,7 @@ struct Gemm {
   static constexpr int kStaticBytes = 4 << 10;  // of shared memory, at most
   static_assert(sizeof(RouteTable) + kMaxSlots * sizeof(RowTile) + sizeof(Cuts) <= kStaticBytes);
 
-  /// Shared memory but for x: parts and rings.
+  /// Shared memory but for x and unit ends: parts and rings.
   static int FixedBytes(Blocks blocks, Offsets offsets, bool large, int tile_rows) {
     int bytes = 0;
     WithKernel(DType::kFloat16, blocks, offsets, large, [&](auto*, int own) { bytes = own; });

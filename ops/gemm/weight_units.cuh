@@ -15,7 +15,7 @@ inline constexpr int kMaxSlots = 4;  // that a block works on at once
 inline constexpr uint32_t kFewCost = 10, kManyCost = 13;
 /// k tiles of weights that a block could read in the time that it takes to begin with other rows of x; measured.
 inline constexpr int kRoundTiles = 450;
-/// Most units of a launch: the sum of their costs has 31 bits.
+/// Most units of a launch, rounds counted: the sum of their costs has 31 bits.
 inline constexpr int64_t kMaxUnits = INT32_MAX / kManyCost;
 static_assert(kWarps >= kFusedTokens && kThreads >= kFusedExperts &&
               kThreads >= kFusedRows * kRankParts);
