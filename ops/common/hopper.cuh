@@ -55,6 +55,16 @@ __device__ inline void TensorCopy(uint32_t shared, const CUtensorMap& tensor, in
       : "memory");
 }
 
+/// Copies `bytes`, a multiple of 16, of global memory to shared memory in the background, and tells the barrier. One thread.
+__device__ inline void BulkCopy(uint32_t shared, const void* from, uint32_t bytes,
+                                uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1], %2, [%3];" ::"r"(shared),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 /// Arrives once all cp.async of this thread so far are done.
 __device__ inline void BarrierArriveAfterCopies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

@@ -18,12 +18,11 @@ inline constexpr int kStagedFloats = kPieceRows * kFloatStride;  // a warp
 struct RowConstants {
   float2 scale, bias;
 
-  __device__ void Load(const CudaGemmArgs& args, int expert, int row_tile, int g) {
-    const int64_t slot =
-        (int64_t(expert) * args.row_tiles + min(row_tile, args.row_tiles - 1)) * kTileRows + 2 * g;
-    scale = *reinterpret_cast<const float2*>(args.row_scales + slot);
+  /// Of a row tile; `biases` may be null.
+  __device__ void Load(const float* scales, const float* biases, int g) {
+    scale = *reinterpret_cast<const float2*>(scales + 2 * g);
     bias = make_float2(0, 0);
-    if (args.bias != nullptr) bias = *reinterpret_cast<const float2*>(args.bias + slot);
+    if (biases != nullptr) bias = *reinterpret_cast<const float2*>(biases + 2 * g);
   }
 };
 
@@ -137,15 +136,16 @@ class Chunks {
   int64_t y_step_;
 };
 
-/// Writes y of a warpgroup's sums, which are `factor` times too small: stacks of 64 weight rows from row tile `first_row_tile` on.
-/// `staged` is the warpgroup's own shared memory, `barrier` its barrier.
-template <class T, class Layout, int kStacks, int kSums>
-__device__ void StoreSums(const CudaGemmArgs& args, const RowTile& tile, int first_row_tile,
-                          float factor, const float (&sums)[kStacks][kSums], char* staged,
-                          int barrier) {
+/// Writes y of a warpgroup's sums, which are `factor` times too small: stacks of 64 weight rows from the row tile `first_tile` of the
+/// work item on. `staged` is the warpgroup's own shared memory, `barrier` its barrier.
+template <class T, class Layout, class Work, int kStacks, int kSums>
+__device__ void StoreSums(const CudaGemmArgs& args, const Work& work, int first_tile, float factor,
+                          const float (&sums)[kStacks][kSums], char* staged, int barrier) {
   constexpr int kPieces = Layout::kStagedRows / kPieceRows;
   constexpr int kMost = Layout::kStagedRows * 8 * kStacks / 128;  // chunks of a thread at once
+  const RowTile tile = work.rows;
   const int halves = args.gated ? 1 : 2;  // of 8 columns that a row tile has
+  const int first_column = (work.first_row_tile + first_tile) * halves * 8;
   const int per_row = kStacks * halves == 1 ? 2 : kStacks * halves == 2 ? 3 : 4;
 #pragma unroll 1
   for (int done = 0; done < tile.row_count; done += Layout::kStagedRows) {
@@ -156,7 +156,9 @@ __device__ void StoreSums(const CudaGemmArgs& args, const RowTile& tile, int fir
     for (int s = 0; s < kStacks; ++s) {
       const int tile_of_group = warp * kStacks + s, column = tile_of_group * halves * 8;
       RowConstants constants;
-      constants.Load(args, tile.expert, first_row_tile + tile_of_group, lane / 4);
+      const int slot = (first_tile + tile_of_group) * kTileRows;
+      constants.Load(work.scales + slot, args.bias != nullptr ? work.biases + slot : nullptr,
+                     lane / 4);
       constants.scale.x *= factor, constants.scale.y *= factor;
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {
@@ -169,7 +171,7 @@ __device__ void StoreSums(const CudaGemmArgs& args, const RowTile& tile, int fir
           piece.StageFloats(floats, lane);
           __syncwarp();
           StoreFloats(args, tile.row_begin + int64_t(row), tile.row_count - row,
-                      first_row_tile * halves * 8 + column, halves * 8, floats, lane);
+                      first_column + column, halves * 8, floats, lane);
           __syncwarp();
         } else {
           const uint32_t to =
@@ -181,8 +183,7 @@ __device__ void StoreSums(const CudaGemmArgs& args, const RowTile& tile, int fir
     }
     if (args.y_is_float) continue;
     SyncPart<128>(barrier);
-    const Chunks<T> chunks(args, tile.row_begin + int64_t(done), first_row_tile * halves * 8,
-                           per_row, thread);
+    const Chunks<T> chunks(args, tile.row_begin + int64_t(done), first_column, per_row, thread);
     chunks.template Store<Layout::kStagedRows, kMost>(staged, Layout::kStagedStride,
                                                       tile.row_count - done);
     SyncPart<128>(barrier);

@@ -1,6 +1,6 @@
 // grouped_gemm_sm90: float16 and bfloat16 on Hopper's warpgroup tensor instructions, from some rows an expert on.
 //
-//   grid       persistent: one or two blocks a multiprocessor take work items as they get free (ItemQueue in pipeline_sm90.cuh)
+//   grid       persistent: one or two blocks a multiprocessor take work items as they get free (WorkQueue in pipeline_sm90.cuh)
 //   block      128 or 256 weight rows, half of them for each of two warpgroups that multiply, by up to 32, 96, 128 or 256 rows of x; and a
 //              warpgroup whose first thread loads all that by tensor copies (Produce). Rows of x are sorted beforehand
 //   multiply   a warpgroup has 1 or 2 stacks of 4 row tiles (64 rows, a warp each) as register operand A, decoded and scaled while
@@ -117,26 +117,22 @@ __device__ void WithRows(int rows, const Fn& fn) {
 
 template <class F, class T, int kRows, int kStacks, Offsets kOffsets>
 __device__ void Consume(const CudaGemmArgs& args, int scale_bytes, const char* memory,
-                        uint32_t stages, Barriers barriers, ItemQueue queue, char* staged) {
+                        uint32_t stages, Barriers barriers,
+                        WorkQueue<Stage<F, kRows, kStacks, kOffsets>::kTiles> queue, char* staged) {
   using Layout = Stage<F, kRows, kStacks, kOffsets>;
   const int group = threadIdx.x / kGroup - 1;
   const Codebook<F> codebook(args);
   Ring<F, kRows, kStacks, kOffsets> ring;
-  const Items<Layout::kTiles> items(args);
-  for (int item = queue.Pop(); item != ItemQueue::kEnd; item = queue.Pop()) {
+  while (const auto* work = queue.Pop()) {
     float sums[kStacks][kRows / 2];
     const auto multiply = [&]<int kN>() {
       Multiply<F, T, kRows, kStacks, kOffsets, kN>(args, codebook, scale_bytes, memory, stages,
                                                    barriers, ring, sums);
     };
-    RowTile tile;
-    items.Rows(item, &tile);
-    WithRows<kRows>(tile.row_count, multiply);
-    Renew(item);  // the tile is read again: the sums leave no registers to keep it
-    items.Rows(item, &tile);
-    StoreSums<T, Layout>(args, tile, items.FirstRowTile(item) + group * (4 * kStacks),
-                         SumFactor<F, T, kOffsets>(), sums, staged + group * Layout::kStagedBytes,
-                         1 + group);
+    WithRows<kRows>(work->rows.row_count, multiply);
+    StoreSums<T, Layout>(args, *work, group * (4 * kStacks), SumFactor<F, T, kOffsets>(), sums,
+                         staged + group * Layout::kStagedBytes, 1 + group);
+    queue.Done();
   }
 }
 
@@ -159,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, Stage<F, kRows, kStacks, kOffsets>::
   const uint32_t begin = SharedAddress(DynamicShared()), aligned = (begin + 1023) / 1024 * 1024;
   char* memory = DynamicShared() + (aligned - begin);
   const Barriers barriers{aligned};
-  const ItemQueue queue(aligned + Layout::kQueue, memory + Layout::kQueue);
+  const WorkQueue<Layout::kTiles> queue(aligned + Layout::kQueue, memory + Layout::kQueue);
   if (threadIdx.x == 0) {
     for (int s = 0; s < Layout::kStages; ++s) {
       BarrierInit(barriers.Full(s), tensors.x_source == XSource::kTensor ? 1 : kGroup + 1);
@@ -174,6 +170,7 @@ __global__ void __launch_bounds__(kThreads, Stage<F, kRows, kStacks, kOffsets>::
     FillStages<Layout>(memory + Layout::kFront, Layout::kZeros, 0);
   __syncthreads();
   WaitForPrevious();
+  LetNextStart();  // on each multiprocessor that is free; what this kernel waited for, that one need not wait for
   if (threadIdx.x < kGroup) {
     ShrinkRegisters<Layout::kLoadRegisters>();
     if (tensors.x_source == XSource::kTensor)

@@ -57,47 +57,75 @@ class Items {
   int weight_blocks_;
 };
 
-/// What the loading warpgroup tells the others of a block: which items it takes, one after the other. It is up to kSlots ahead.
-class ItemQueue {
- public:
-  static constexpr int kSlots = 2, kBytes = kSlots * 16 + kSlots * 4;
-  static constexpr int kEnd = -1;
+/// A work item, and what its end needs: in shared memory, so that nothing there waits for global memory.
+template <int kBlockTiles>
+struct Work {
+  RowTile rows;  // none: there are no more items
+  int first_row_tile;
+  float scales[kBlockTiles * kTileRows], biases[kBlockTiles * kTileRows];
+};
 
-  __device__ ItemQueue(uint32_t barriers, char* memory)
-      : barriers_(barriers), items_(reinterpret_cast<volatile int*>(memory + kSlots * 16)) {}
+/// In which the loading warpgroup tells the others of a block what they work on, one item after the other. It is up to kSlots ahead.
+template <int kBlockTiles>
+class WorkQueue {
+ public:
+  static constexpr int kSlots = 2, kBytes = kSlots * (16 + int(sizeof(Work<kBlockTiles>)));
+
+  __device__ WorkQueue(uint32_t barriers, char* memory)
+      : barriers_(barriers), works_(reinterpret_cast<Work<kBlockTiles>*>(memory + kSlots * 16)) {}
 
   /// One thread of the block; `readers` warps will read.
   __device__ void Init(int readers) const {
     for (int slot = 0; slot < kSlots; ++slot) {
-      BarrierInit(barriers_ + slot * 16, 1);
-      BarrierInit(barriers_ + slot * 16 + 8, readers);
+      BarrierInit(Full(slot), 1);
+      BarrierInit(Empty(slot), readers);
     }
   }
 
-  __device__ void Push(int item) {
-    BarrierWait(barriers_ + slot_ * 16 + 8, parity_ ^ 1);
-    items_[slot_] = item;
-    BarrierArrive(barriers_ + slot_ * 16);
-    Next();
+  /// One thread. Row scales and biases follow in the background.
+  __device__ void Push(const CudaGemmArgs& args, const RowTile& rows, int first_row_tile) {
+    Work<kBlockTiles>& work = Next();
+    const int tiles = min(kBlockTiles, args.row_tiles - first_row_tile);
+    const uint32_t bytes = tiles * kTileRows * sizeof(float);
+    const int64_t first = (int64_t(rows.expert) * args.row_tiles + first_row_tile) * kTileRows;
+    work.rows = rows, work.first_row_tile = first_row_tile;
+    BarrierArriveExpecting(Full(slot_), args.bias != nullptr ? 2 * bytes : bytes);
+    BulkCopy(SharedAddress(work.scales), args.row_scales + first, bytes, Full(slot_));
+    if (args.bias != nullptr)
+      BulkCopy(SharedAddress(work.biases), args.bias + first, bytes, Full(slot_));
+    Advance();
   }
 
-  /// All lanes of a warp.
-  __device__ int Pop() {
-    BarrierWait(barriers_ + slot_ * 16, parity_);
-    const int item = items_[slot_];
+  /// There are no more items.
+  __device__ void PushEnd() {
+    Next().rows.row_count = 0;
+    BarrierArrive(Full(slot_));
+  }
+
+  /// The next item, null at the end. All lanes of a warp; they call Done before the next one.
+  __device__ const Work<kBlockTiles>* Pop() const {
+    BarrierWait(Full(slot_), parity_);
+    return works_[slot_].rows.row_count > 0 ? &works_[slot_] : nullptr;
+  }
+  __device__ void Done() {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) BarrierArrive(barriers_ + slot_ * 16 + 8);
-    Next();
-    return item;
+    if (threadIdx.x % 32 == 0) BarrierArrive(Empty(slot_));
+    Advance();
   }
 
  private:
-  __device__ void Next() {
+  __device__ uint32_t Full(int slot) const { return barriers_ + slot * 16; }
+  __device__ uint32_t Empty(int slot) const { return barriers_ + slot * 16 + 8; }
+  __device__ Work<kBlockTiles>& Next() const {
+    BarrierWait(Empty(slot_), parity_ ^ 1);
+    return works_[slot_];
+  }
+  __device__ void Advance() {
     if (++slot_ == kSlots) slot_ = 0, parity_ ^= 1;
   }
 
   uint32_t barriers_;
-  volatile int* items_;
+  Work<kBlockTiles>* works_;
   int slot_ = 0;
   uint32_t parity_ = 0;
 };
@@ -122,9 +150,8 @@ struct Stage {
   static constexpr int kStagedRows = kRows < 64 / kStacks ? kRows : 64 / kStacks;
   static constexpr int kStagedStride = 64 * kStacks * 2 + 16;
   static constexpr int kStagedBytes = std::max(kStagedRows * kStagedStride, 4 * kStagedFloats * 4);
-  // In front of the stages: barriers, queue of items, staged results. And up to 1023 bytes to align.
-  static constexpr int kQueue = 128, kStaged = 256;
-  static_assert(kQueue + ItemQueue::kBytes <= kStaged);
+  // In front of the stages: barriers, queue of work items, staged results. And up to 1023 bytes to align.
+  static constexpr int kQueue = 128, kStaged = (kQueue + WorkQueue<kTiles>::kBytes + 15) / 16 * 16;
   static constexpr int kFront = (kStaged + kConsumers * kStagedBytes + 1023) / 1024 * 1024;
   /// Stages that fit if so many blocks share a multiprocessor.
   static constexpr int Fit(int blocks) {
@@ -177,7 +204,8 @@ __device__ void LoadValues(const CudaGemmArgs& args, const RowTile& tile, int fi
 /// having 8 values of every 16th row.
 template <class F, class T, int kRows, int kStacks, Offsets kOffsets, XSource kSource>
 __device__ void Produce(const CudaGemmArgs& args, const Tensors& tensors, uint32_t stages,
-                        Barriers barriers, ItemQueue queue) {
+                        Barriers barriers,
+                        WorkQueue<Stage<F, kRows, kStacks, kOffsets>::kTiles> queue) {
   using Layout = Stage<F, kRows, kStacks, kOffsets>;
   constexpr int kRowBytes = kTileK * 2, kHalf = Layout::kHalfBoxRows;
   const bool first = threadIdx.x == 0;
@@ -193,11 +221,12 @@ __device__ void Produce(const CudaGemmArgs& args, const Tensors& tensors, uint32
   const Items<Layout::kTiles> items(args);
   RowTile tile;
   for (int item = blockIdx.x, next; items.Rows(item, &tile); item = next) {
-    if (first) queue.Push(item);
+    const int first_row_tile = items.FirstRowTile(item);
+    if (first) queue.Push(args, tile, first_row_tile);
     next = int(gridDim.x) + (kSource == XSource::kTensor && args.next_item != nullptr
                                  ? atomicAdd(args.next_item, 1)
                                  : item);
-    const int weight_row = tile.expert * args.row_tiles + items.FirstRowTile(item);
+    const int weight_row = tile.expert * args.row_tiles + first_row_tile;
     const int loaded =
         kSource == XSource::kTensor ? (tile.row_count + kHalf - 1) / kHalf * kHalf : 0;
     for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
@@ -223,7 +252,7 @@ __device__ void Produce(const CudaGemmArgs& args, const Tensors& tensors, uint32
       ring.Next();
     }
   }
-  if (first) queue.Push(ItemQueue::kEnd);
+  if (first) queue.PushEnd();
 }
 
 }  // namespace qmoe_plugin::grouped_gemm_sm90

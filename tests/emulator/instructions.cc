@@ -73,6 +73,19 @@ void Wait(uint32_t address, uint32_t parity) {
   WaitUntil("a barrier in shared memory", [&] { return (barrier.phase & 1) != parity; });
 }
 
+void CopyBytes(uint32_t shared, const void* from, uint32_t bytes, uint32_t address) {
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    Fail("a bulk copy is not of whole 16 bytes");
+  SharedPointer(shared, 16);
+  char* to = SharedPointer(shared + bytes - 16, 16) - (bytes - 16);
+  Later([=] {
+    std::memcpy(to, from, bytes);
+    State::Barrier& barrier = Find(address);
+    barrier.bytes -= bytes;
+    Settle(barrier);
+  });
+}
+
 void CopyBox(uint32_t shared, const CUtensorMap& tensor, int column, int row, uint32_t address) {
   const uint32_t row_bytes = tensor.box_columns * tensor.element_bytes;
   SharedPointer(shared, tensor.swizzled ? 1024 : 128);

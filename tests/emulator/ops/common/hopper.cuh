@@ -16,6 +16,7 @@ void InitBarrier(uint32_t barrier, int arrivals);
 void Arrive(uint32_t barrier, uint32_t expected_bytes);
 void ArriveAfterCopies(uint32_t barrier);
 void Wait(uint32_t barrier, uint32_t parity);
+void CopyBytes(uint32_t shared, const void* from, uint32_t bytes, uint32_t barrier);
 void CopyBox(uint32_t shared, const CUtensorMap& tensor, int column, int row, uint32_t barrier);
 
 /// This thread's warpgroup products.
@@ -43,6 +44,9 @@ inline void BarrierArriveExpecting(uint32_t barrier, uint32_t bytes) {
 inline void TensorCopy(uint32_t shared, const CUtensorMap& tensor, int column, int row,
                        uint32_t barrier) {
   emulator::CopyBox(shared, tensor, column, row, barrier);
+}
+inline void BulkCopy(uint32_t shared, const void* from, uint32_t bytes, uint32_t barrier) {
+  emulator::CopyBytes(shared, from, bytes, barrier);
 }
 inline void BarrierArriveAfterCopies(uint32_t barrier) { emulator::ArriveAfterCopies(barrier); }
 inline void BarrierWait(uint32_t barrier, uint32_t parity) { emulator::Wait(barrier, parity); }
