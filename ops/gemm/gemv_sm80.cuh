@@ -117,7 +117,9 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
 
   if (args.tiles_are_new) WaitForPrevious();
   if (kN > 1 && fused.enabled) WithdrawRoute(fused);
-  LetNextStart();
+  // What follows fc2 may read what fc1 found out about the routes, without waiting for that.
+  const bool keeps_route = kN > 1 && fused.enabled && !fused.x_is_tokens;
+  if (!keeps_route) LetNextStart();
   int slots;
   if (fused.enabled) {
     if constexpr (kN == 1) {
@@ -176,6 +178,7 @@ __global__ void __launch_bounds__(kThreads, kN == 1 ? 2 : 1)
       if (args.bias != nullptr) PrefetchL2(args.bias + at);
     }
     WaitForPrevious();
+    if (keeps_route) LetNextStart();
     StageX<T>(args, plan, tiles, used,
               fused.enabled && fused.x_is_tokens ? route.row_token : nullptr, shared_x);
     CopyAsyncWait<0>();

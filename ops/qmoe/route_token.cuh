@@ -87,6 +87,7 @@ class TokenRouter {
       }
     }
     float total = 0;  // of the selected scales
+    float kept = 0;   // lane j has scale j, of the last 32
     int previous = -1;
     for (int j = 0; j < topk; ++j) {
       float logit;
@@ -102,13 +103,16 @@ class TokenRouter {
         scale = expf(logit - largest_) / sum;
       previous = expert;
       total += scale;
-      if (lane_ == 0) scales[j] = scale;
+      if (lane_ == j % 32) kept = scale;
+      if (j % 32 == 31 && j + 1 < topk) scales[j - 31 + lane_] = kept;
     }
-    if (scales == nullptr || !args_.normalize || !(total > 1e-6f) ||
-        (args_.sparse_mixer && args_.weights == nullptr))
-      return;
-    __syncwarp();  // lane 0's scales are visible to the others
-    for (int j = lane_; j < topk; j += 32) scales[j] /= total;
+    if (scales == nullptr) return;
+    const bool normalizes =
+        args_.normalize && total > 1e-6f && !(args_.sparse_mixer && args_.weights == nullptr);
+    if (!normalizes) total = 1;
+    const int last = (topk - 1) / 32 * 32;  // of those in `kept`, the first
+    for (int j = lane_; j < last; j += 32) scales[j] /= total;
+    if (last + lane_ < topk) scales[last + lane_] = kept / total;
   }
 
   /// All at once, so that their latencies overlap.

@@ -8,23 +8,37 @@ namespace qmoe_plugin {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kAtOnce = 8;  // rows of y whose loads are on their way together
 
-/// One thread makes kWidth neighbouring values: 16 bytes where pointers and H allow, else one.
+/// One thread makes kWidth neighbouring values: 16 bytes where pointers and H allow, else one. It knows where its rows are before
+/// they are there.
 template <class T, class Y, int kWidth>
 __global__ void __launch_bounds__(kThreads) unpermute(const UnpermuteArgs args) {
-  WaitForPrevious();
   const int vectors = args.hidden_size / kWidth;
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= int64_t(args.tokens) * vectors) return;
   const int64_t token = index / vectors, column = index % vectors;
   float sums[kWidth] = {};
-  for (int j = 0; j < args.topk; ++j) {
-    const int64_t slot = token * args.topk + j;
-    const float scale = args.scales[slot];
-    const auto y = static_cast<const Vector<Y, kWidth>*>(
-        args.y)[args.sorted_row[slot] * int64_t(vectors) + column];
+  for (int first = 0; first < args.topk; first += kAtOnce) {
+    const int count = min(args.topk - first, kAtOnce);
+    float scales[kAtOnce];
+    int rows[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sums[i] += scale * ToFloat(y.values[i]);
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t slot = token * args.topk + first + min(j, count - 1);
+      scales[j] = args.scales[slot], rows[j] = args.sorted_row[slot];
+    }
+    if (first == 0) WaitForPrevious();
+    Vector<Y, kWidth> y[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (j < count)
+        y[j] = static_cast<const Vector<Y, kWidth>*>(args.y)[rows[j] * int64_t(vectors) + column];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i)
+        if (j < count) sums[i] += scales[j] * ToFloat(y[j].values[i]);
   }
   Vector<T, kWidth> result;
 #pragma unroll

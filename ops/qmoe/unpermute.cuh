@@ -17,7 +17,8 @@ struct UnpermuteArgs {
   int tokens, topk;
   int hidden_size;  // H
   void* output;     // [tokens, H]
-  Overlap overlap;  // with the kernel before
+  /// With the kernel before it, which must not let this one start before sorted_row and scales are there.
+  Overlap overlap;
 };
 
 /// output[t] = sum over j of scales[t, j] * y[sorted_row[t, j]], in float32 in the order of j,
