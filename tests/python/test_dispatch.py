@@ -76,3 +76,34 @@ def test_other_generations_are_refused_by_name(sm: int) -> None:
 def test_rows_that_do_not_fit_are_the_reason() -> None:
     refusals = {v.kernel: v.refusal for v in explain(86, rows=32).verdicts}
     assert "only 2 rows of 2880 values fit" in refusals["gemv_sm80.int4"]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "block_size", "zero_points"),
+    [
+        ("int4", 32, False),
+        ("int4", 32, True),
+        ("int8", 32, False),
+        ("int8", 32, True),
+        ("mxfp4", 32, False),
+        ("nvfp4", 16, False),
+        ("fp8_e4m3", 0, False),
+    ],
+)
+def test_long_rows_of_few_tokens_fit(fmt: str, block_size: int, zero_points: bool) -> None:
+    """fc2 of Mixtral: beside two rows of 14336 values there is room for what warps share."""
+    for tokens in (1, 2, 8):
+        answer = explain(
+            90,
+            stage="fc2",
+            format=fmt,
+            n=4096,
+            k=14336,
+            experts=8,
+            topk=2,
+            rows=2 * tokens,
+            activation="identity",
+            block_size=block_size,
+            zero_points=zero_points,
+        )
+        assert stem(answer) == STREAMS, answer.refusals
