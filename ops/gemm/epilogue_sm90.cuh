@@ -14,6 +14,14 @@ inline constexpr int kPieceRows = 32;               // of x, that a warp finishe
 inline constexpr int kFloatStride = kTileRows + 1;  // no bank conflicts
 inline constexpr int kStagedFloats = kPieceRows * kFloatStride;  // a warp
 
+/// A work item, and what its end needs: in shared memory, so that nothing there waits for global memory.
+template <int kBlockTiles>
+struct Work {
+  RowTile rows;  // none: there are no more items
+  int first_row_tile;
+  float scales[kBlockTiles * kTileRows], biases[kBlockTiles * kTileRows];
+};
+
 /// Row scales and biases of a lane's tile rows g and g + 8.
 struct RowConstants {
   float2 scale, bias;
@@ -138,9 +146,10 @@ class Chunks {
 
 /// Writes y of a warpgroup's sums, which are `factor` times too small: stacks of 64 weight rows from the row tile `first_tile` of the
 /// work item on. `staged` is the warpgroup's own shared memory, `barrier` its barrier.
-template <class T, class Layout, class Work, int kStacks, int kSums>
-__device__ void StoreSums(const CudaGemmArgs& args, const Work& work, int first_tile, float factor,
-                          const float (&sums)[kStacks][kSums], char* staged, int barrier) {
+template <class T, class Layout, int kStacks, int kSums>
+__device__ void StoreSums(const CudaGemmArgs& args, const Work<Layout::kTiles>& work,
+                          int first_tile, float factor, const float (&sums)[kStacks][kSums],
+                          char* staged, int barrier) {
   constexpr int kPieces = Layout::kStagedRows / kPieceRows;
   constexpr int kMost = Layout::kStagedRows * 8 * kStacks / 128;  // chunks of a thread at once
   const RowTile tile = work.rows;

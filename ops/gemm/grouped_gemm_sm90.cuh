@@ -118,7 +118,7 @@ __device__ void WithRows(int rows, const Fn& fn) {
 template <class F, class T, int kRows, int kStacks, Offsets kOffsets>
 __device__ void Consume(const CudaGemmArgs& args, int scale_bytes, const char* memory,
                         uint32_t stages, Barriers barriers,
-                        WorkQueue<Stage<F, kRows, kStacks, kOffsets>::kTiles> queue, char* staged) {
+                        typename Stage<F, kRows, kStacks, kOffsets>::Queue queue, char* staged) {
   using Layout = Stage<F, kRows, kStacks, kOffsets>;
   const int group = threadIdx.x / kGroup - 1;
   const Codebook<F> codebook(args);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, Stage<F, kRows, kStacks, kOffsets>::
   const uint32_t begin = SharedAddress(DynamicShared()), aligned = (begin + 1023) / 1024 * 1024;
   char* memory = DynamicShared() + (aligned - begin);
   const Barriers barriers{aligned};
-  const WorkQueue<Layout::kTiles> queue(aligned + Layout::kQueue, memory + Layout::kQueue);
+  const typename Layout::Queue queue(aligned + Layout::kQueue, memory + Layout::kQueue);
   if (threadIdx.x == 0) {
     for (int s = 0; s < Layout::kStages; ++s) {
       BarrierInit(barriers.Full(s), tensors.x_source == XSource::kTensor ? 1 : kGroup + 1);

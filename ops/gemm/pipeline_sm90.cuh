@@ -57,14 +57,6 @@ class Items {
   int weight_blocks_;
 };
 
-/// A work item, and what its end needs: in shared memory, so that nothing there waits for global memory.
-template <int kBlockTiles>
-struct Work {
-  RowTile rows;  // none: there are no more items
-  int first_row_tile;
-  float scales[kBlockTiles * kTileRows], biases[kBlockTiles * kTileRows];
-};
-
 /// In which the loading warpgroup tells the others of a block what they work on, one item after the other. It is up to kSlots ahead.
 template <int kBlockTiles>
 class WorkQueue {
@@ -138,6 +130,7 @@ struct Stage {
   /// sizes leave room for one only.
   static constexpr int kSteps = kRows > 128 ? 1 : 2;
   static constexpr int kTiles = kConsumers * kStacks * 4;  // weight row tiles of the block
+  using Queue = WorkQueue<kTiles>;
   static constexpr int kX = 0;
   static constexpr int kCodes = kX + kRows * kTileK * 2;
   static constexpr int kScales = kCodes + kTiles * TileBytes(F::kBits);
@@ -151,7 +144,7 @@ struct Stage {
   static constexpr int kStagedStride = 64 * kStacks * 2 + 16;
   static constexpr int kStagedBytes = std::max(kStagedRows * kStagedStride, 4 * kStagedFloats * 4);
   // In front of the stages: barriers, queue of work items, staged results. And up to 1023 bytes to align.
-  static constexpr int kQueue = 128, kStaged = (kQueue + WorkQueue<kTiles>::kBytes + 15) / 16 * 16;
+  static constexpr int kQueue = 128, kStaged = kQueue + Queue::kBytes;
   static constexpr int kFront = (kStaged + kConsumers * kStagedBytes + 1023) / 1024 * 1024;
   /// Stages that fit if so many blocks share a multiprocessor.
   static constexpr int Fit(int blocks) {
@@ -205,7 +198,7 @@ __device__ void LoadValues(const CudaGemmArgs& args, const RowTile& tile, int fi
 template <class F, class T, int kRows, int kStacks, Offsets kOffsets, XSource kSource>
 __device__ void Produce(const CudaGemmArgs& args, const Tensors& tensors, uint32_t stages,
                         Barriers barriers,
-                        WorkQueue<Stage<F, kRows, kStacks, kOffsets>::kTiles> queue) {
+                        typename Stage<F, kRows, kStacks, kOffsets>::Queue queue) {
   using Layout = Stage<F, kRows, kStacks, kOffsets>;
   constexpr int kRowBytes = kTileK * 2, kHalf = Layout::kHalfBoxRows;
   const bool first = threadIdx.x == 0;

@@ -44,6 +44,13 @@ void Settle(State::Barrier& barrier) {
   ++barrier.phase;
 }
 
+/// So many bytes that the barrier at this address waits for are there.
+void Land(uint32_t address, int64_t bytes) {
+  State::Barrier& barrier = Find(address);
+  barrier.bytes -= bytes;
+  Settle(barrier);
+}
+
 }  // namespace
 
 Groups& CopiesOfThread() { return Current().copies[threadIdx.x]; }
@@ -76,13 +83,11 @@ void Wait(uint32_t address, uint32_t parity) {
 void CopyBytes(uint32_t shared, const void* from, uint32_t bytes, uint32_t address) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0)
     Fail("a bulk copy is not of whole 16 bytes");
-  SharedPointer(shared, 16);
-  char* to = SharedPointer(shared + bytes - 16, 16) - (bytes - 16);
+  char* to = SharedPointer(shared, 16);
+  SharedPointer(shared + bytes - 1, 1);
   Later([=] {
     std::memcpy(to, from, bytes);
-    State::Barrier& barrier = Find(address);
-    barrier.bytes -= bytes;
-    Settle(barrier);
+    Land(address, bytes);
   });
 }
 
@@ -106,9 +111,7 @@ void CopyBox(uint32_t shared, const CUtensorMap& tensor, int column, int row, ui
           std::memset(to, 0, map.element_bytes);
       }
     }
-    State::Barrier& barrier = Find(address);
-    barrier.bytes -= int64_t(map.box_rows) * row_bytes;
-    Settle(barrier);
+    Land(address, int64_t(map.box_rows) * row_bytes);
   });
 }
 
