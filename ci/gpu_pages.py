@@ -22,6 +22,17 @@ PEER_NOTE = (
     "by expert and biases, which are in ours and the stock op's; its int8 and fp8 have one scale a "
     "row."
 )
+README_FILE = "gpu-nvidia-h200.json"
+README_TOKENS = (1, 8, 64, 512, 2048)
+README_CASES = (
+    *(f"gpt-oss-20b {name}" for name in ("int4", "mxfp4", "nvfp4", "int8", "fp8", "wfp4afp8")),
+    "qwen3-30b-a3b int4",
+    "qwen3.6-35b-a3b int4",
+    "gemma4-26b-a4b int4",
+    "mixtral-8x7b int4",
+    "MatMulNBits int4 4096x14336",
+)
+README_MARKS = ("<!-- GPU numbers, written by ci/pages.py -->\n", "<!-- end of GPU numbers -->\n")
 
 
 def by_device(folder: Path) -> dict[str, list[Cell]]:
@@ -94,6 +105,37 @@ def overview(folder: Path) -> list[str]:
     return lines
 
 
+def readme(results: Path, text: str) -> str:
+    """The README with the GPU numbers of some cells of README_FILE: tokens across, ours / stock."""
+    first, last = README_MARKS
+    before, rest = text.split(first)
+    after = rest.split(last)[1]
+    content = json.loads((results / README_FILE).read_text())
+    cells = {(cell["case"], cell["tokens"]): cell for cell in cells_of(content) if cell["graph"]}
+    rows = [
+        (case, *(_ours_and_stock(cells[case, tokens]) for tokens in README_TOKENS))
+        for case in README_CASES
+    ]
+    chosen = [cells[case, tokens] for case in README_CASES for tokens in README_TOKENS]
+    versions = " and ".join(sorted({cell["onnxruntime"] for cell in chosen}))
+    ours = _dates(cell["date"] for cell in chosen)
+    stock = _dates(cell["stock"]["date"] for cell in chosen)
+    lines = [
+        f"On an {content['device']}, one layer in a CUDA graph, microseconds, ours ({ours}) /",
+        f"stock ({stock}): medians, cold caches, float16, onnxruntime-gpu {versions};",
+        f"`ci/bench/results/{README_FILE}`, written by `ci/bench/bench_gpu.py`.",
+        "",
+        *table(("layer", *(f"{t} token{'s' * (t > 1)}" for t in README_TOKENS)), rows),
+    ]
+    return before + first + "\n".join(lines) + "\n" + last + after
+
+
+def _ours_and_stock(cell: Cell) -> str:
+    stock = time_of(cell, "stock")
+    other = "refused" if "refusal" in cell.get("stock", {}) else _time(stock)
+    return f"{_time(time_of(cell, 'ours'))} / {other}"
+
+
 def pictures(folder: Path) -> dict[str, str]:
     """The picture of each device, by the name of its file."""
     found = {}
@@ -122,9 +164,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
+def _dates(dates: Iterable[str]) -> str:
+    """As in "2026-11-21 to 2026-11-23"."""
+    days = sorted(date[:10] for date in dates)
+    return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+
+
 def _sentences(cells: Sequence[Cell], words: str) -> list[str]:
-    dates = sorted(cell["date"][:10] for cell in cells)
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    when = _dates(cell["date"] for cell in cells)
     versions = " and ".join(sorted({cell["onnxruntime"] for cell in cells}))
     lines = [
         f"Microseconds of one layer {words}, median, onnxruntime-gpu {versions}, {when}. The floor",

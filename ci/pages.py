@@ -1,8 +1,8 @@
 """Writes the pages of docs/ that are generated: python ci/pages.py [--check]
 
 docs/command-line.md says what the parser of the command line knows, docs/benchmarks.md, a part of
-docs/performance.md, pictures and the CPU numbers in README.md what the files of ci/bench/results
-hold. With --check nothing is written, and the exit code says whether the pages are current.
+docs/performance.md, pictures and the numbers in README.md what the files of ci/bench/results hold.
+With --check nothing is written, and the exit code says whether the pages are current.
 (docs/support.md is written by `python -m qmoe_plugin kernels --markdown`.)
 """
 
@@ -30,7 +30,8 @@ def main() -> int:
     pages = {"command-line.md": command_line(), "benchmarks.md": benchmarks()}
     pages |= {"performance.md": performance(), **gpu_pages.pictures(RESULTS)}
     pages = {f"docs/{name}": text for name, text in pages.items()}
-    pages["README.md"] = cpu_pages.readme(RESULTS, (ROOT / "README.md").read_text())
+    readme = gpu_pages.readme(RESULTS, (ROOT / "README.md").read_text())
+    pages["README.md"] = cpu_pages.readme(RESULTS, readme)
     for name, text in pages.items():
         page = ROOT / name
         if not check:

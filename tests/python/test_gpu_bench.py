@@ -263,6 +263,25 @@ def test_tables_and_picture(tmp_path):
     assert {"ours", "stock", "Humming", "a", "b < c", "1", "8", "50%"} <= set(texts)
 
 
+def test_numbers_in_the_readme(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_pages, "README_CASES", ("a", "b"))
+    monkeypatch.setattr(gpu_pages, "README_TOKENS", (1, 8))
+    times, refusal = {"p50_us": 40.0, "date": "2026-11-19"}, {"refusal": "no", "date": "2026-11-20"}
+    made = [
+        cell(case, tokens, stock=stock)
+        for case, stock in (("a", times), ("b", refusal))
+        for tokens in (1, 8)
+    ]
+    save(tmp_path / gpu_pages.README_FILE, *made)
+    first, last = gpu_pages.README_MARKS
+    text = gpu_pages.readme(tmp_path, f"before\n{first}stale\n{last}after\n")
+    assert text.startswith(f"before\n{first}On an GPU")
+    assert text.endswith(f"{last}after\n")
+    assert "stale" not in text
+    assert "ours (2026-11-21) /\nstock (2026-11-19 to 2026-11-20)" in text
+    assert "| a | 20.0 / 40.0 | 20.0 / 40.0 |\n| b | 20.0 / refused | 20.0 / refused |\n" in text
+
+
 def test_no_results(tmp_path):
     assert gpu_pages.sections(tmp_path) == gpu_pages.overview(tmp_path) == []
     assert gpu_pages.pictures(tmp_path) == {}
