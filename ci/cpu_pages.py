@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpu_pages import between
 from gpu_pages import table as _table
 
 README_CPU = (
@@ -33,11 +34,8 @@ def sections(results: Path) -> list[str]:
 
 def readme(results: Path, text: str) -> str:
     """The README with the CPU numbers of some files of results."""
-    first, last = README_MARKS
-    before, rest = text.split(first)
-    after = rest.split(last)[1]
     tables = "\n".join(_readme_table(results / name) for name in README_CPU)
-    return before + first + tables + last + after
+    return between(README_MARKS, text, tables.splitlines())
 
 
 def _readme_table(path: Path) -> str:

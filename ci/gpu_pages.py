@@ -107,9 +107,6 @@ def overview(folder: Path) -> list[str]:
 
 def readme(results: Path, text: str) -> str:
     """The README with the GPU numbers of some cells of README_FILE: tokens across, ours / stock."""
-    first, last = README_MARKS
-    before, rest = text.split(first)
-    after = rest.split(last)[1]
     content = json.loads((results / README_FILE).read_text())
     cells = {(cell["case"], cell["tokens"]): cell for cell in cells_of(content) if cell["graph"]}
     rows = [
@@ -117,17 +114,16 @@ def readme(results: Path, text: str) -> str:
         for case in README_CASES
     ]
     chosen = [cells[case, tokens] for case in README_CASES for tokens in README_TOKENS]
-    versions = " and ".join(sorted({cell["onnxruntime"] for cell in chosen}))
     ours = _dates(cell["date"] for cell in chosen)
     stock = _dates(cell["stock"]["date"] for cell in chosen)
     lines = [
         f"On an {content['device']}, one layer in a CUDA graph, microseconds, ours ({ours}) /",
-        f"stock ({stock}): medians, cold caches, float16, onnxruntime-gpu {versions};",
+        f"stock ({stock}): medians, cold caches, float16, onnxruntime-gpu {_versions(chosen)};",
         f"`ci/bench/results/{README_FILE}`, written by `ci/bench/bench_gpu.py`.",
         "",
         *table(("layer", *(f"{t} token{'s' * (t > 1)}" for t in README_TOKENS)), rows),
     ]
-    return before + first + "\n".join(lines) + "\n" + last + after
+    return between(README_MARKS, text, lines)
 
 
 def _ours_and_stock(cell: Cell) -> str:
@@ -164,6 +160,18 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
+def between(marks: tuple[str, str], text: str, lines: Iterable[str]) -> str:
+    """The text with new lines between two marks, which are lines of their own and come once."""
+    first, last = marks
+    before, rest = text.split(first)
+    _, after = rest.split(last)
+    return "".join([before, first, *(f"{line}\n" for line in lines), last, after])
+
+
+def _versions(cells: Iterable[Cell]) -> str:
+    return " and ".join(sorted({cell["onnxruntime"] for cell in cells}))
+
+
 def _dates(dates: Iterable[str]) -> str:
     """As in "2026-11-21 to 2026-11-23"."""
     days = sorted(date[:10] for date in dates)
@@ -172,9 +180,9 @@ def _dates(dates: Iterable[str]) -> str:
 
 def _sentences(cells: Sequence[Cell], words: str) -> list[str]:
     when = _dates(cell["date"] for cell in cells)
-    versions = " and ".join(sorted({cell["onnxruntime"] for cell in cells}))
     lines = [
-        f"Microseconds of one layer {words}, median, onnxruntime-gpu {versions}, {when}. The floor",
+        f"Microseconds of one layer {words}, median, onnxruntime-gpu {_versions(cells)}, {when}. "
+        "The floor",
         "is the least time that memory or arithmetic takes.",
     ]
     return [*lines, PEER_NOTE] if "humming" in _measured(cells) else lines

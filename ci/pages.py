@@ -19,7 +19,7 @@ from qmoe_plugin.cli import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "ci" / "bench" / "results"
-BEGIN, END = "<!-- written by ci/pages.py -->", "<!-- end -->"
+MARKS = ("<!-- written by ci/pages.py -->\n", "<!-- end -->\n")
 
 
 def main() -> int:
@@ -143,10 +143,9 @@ def benchmarks() -> str:
 
 
 def performance() -> str:
-    """The page as it is, its part between BEGIN and END new."""
-    before, _, rest = (ROOT / "docs" / "performance.md").read_text().partition(f"{BEGIN}\n")
-    _, _, after = rest.partition(f"{END}\n")
-    return "\n".join([f"{before}{BEGIN}", *gpu_pages.overview(RESULTS), f"{END}\n{after}"])
+    """The page as it is, its part between MARKS new."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    return gpu_pages.between(MARKS, page, gpu_pages.overview(RESULTS))
 
 
 if __name__ == "__main__":

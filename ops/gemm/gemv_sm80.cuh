@@ -8,7 +8,8 @@
 //   x          rows of the block's slots in shared memory, all of K: [slot, row, K], zeros beyond K; quantised there if need be
 //   product    weights are operand A as they are stored, centered and exact (no scale folded in); x is operand B by ldmatrix.
 //              The sum of each block (at most 64 k) is scaled in float32, so the only rounding is float32's. Zero offsets that
-//              are integers are added to the weights; for others block sums of x come from one more mma, with A = 1.
+//              are integers are added to the weights; for others block sums of x come from one more mma, with A = 1
+//              (weight_products.cuh).
 //   end        a warp that had all of a unit finishes it from its registers; units of several warps meet in shared memory and
 //              are added in the order of k
 //
