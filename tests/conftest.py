@@ -21,7 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+FIRST = ("test_cpp_example", "test_extra_format", "test_quantize_big")
+"""Modules with tests of half a minute: as the last ones, they would leave other workers idle."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
     items[:] = items[config.getoption("--part")]
 
 

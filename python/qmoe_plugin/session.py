@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import warnings
@@ -137,7 +138,7 @@ def _register(sess_options: onnxruntime.SessionOptions, override: bool) -> None:
         problem = runtime_problem()
         if problem:
             raise RuntimeError(problem)
-        problem = wheels.conflict()
+        problem = _conflict()
         if problem:
             warnings.warn(problem, RuntimeWarning, stacklevel=3)
         if override:
@@ -145,6 +146,12 @@ def _register(sess_options: onnxruntime.SessionOptions, override: bool) -> None:
             sess_options.add_session_config_entry(overriding.CONFIG_KEY, "1")
         sess_options.register_custom_ops_library(get_library_path())
         _registered[sess_options] = override
+
+
+@functools.cache
+def _conflict() -> str:
+    """`wheels.conflict`, once a process: it looks through sys.path, which takes milliseconds."""
+    return wheels.conflict()
 
 
 def runtime_problem() -> str:
