@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from gpu_picture import Chart, picture
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 from gpu_bench.results import CONTESTANTS, Cell, cells_of, newest, of_floor, time_of
-from gpu_bench.targets import DEVICE, Verdict, verdicts
+from gpu_bench.targets import DEVICE, Verdict, unmeasured, verdicts
 
 NAMES = {"ours": "ours", "stock": "stock", "humming": "Humming"}
 PEER_NOTE = (
@@ -54,12 +54,12 @@ def sections(folder: Path) -> list[str]:
             if chosen:
                 lines += [*_sentences(chosen, words), "", *_cells_table(chosen), ""]
         if device == DEVICE:
-            lines += _targets(verdicts(_in_order(cells)))
+            lines += _targets(verdicts(_in_order(cells)), unmeasured(cells))
     return lines
 
 
-def _targets(found: Sequence[Verdict]) -> list[str]:
-    """How much of each rule is met, and each time that is not."""
+def _targets(found: Sequence[Verdict], left: Mapping[str, Sequence[int]]) -> list[str]:
+    """How much of each rule is met, each time that is not, and what was not measured."""
     rules: dict[str, list[Verdict]] = {}
     for verdict in found:
         rules.setdefault(verdict.rule, []).append(verdict)
@@ -81,7 +81,16 @@ def _targets(found: Sequence[Verdict]) -> list[str]:
         "",
         *table(("ours at most", "layer", "tokens", "limit", "ours", "ours / limit"), missed),
         "",
+        *([f"Not measured: {_left(left)}.", ""] if left else []),
     ]
+
+
+def _left(left: Mapping[str, Sequence[int]]) -> str:
+    """Cases, with the numbers of tokens unless it is none that was measured."""
+    return "; ".join(
+        f"{case} with {', '.join(map(str, tokens))} tokens" if tokens else case
+        for case, tokens in left.items()
+    )
 
 
 def overview(folder: Path) -> list[str]:

@@ -189,6 +189,17 @@ def test_times():
     assert not found["target", "gpt-oss-20b int4", 8]
 
 
+def test_what_was_not_measured():
+    cells = [timed("gpt-oss-20b int4", tokens, 1.0) for tokens in (1, 8, 64, 512, 2048)]
+    refused = timed("MatMulNBits int4 2880x5120", 1, None)
+    cells += [{**timed("gpt-oss-20b mxfp4", 1, 1.0), "graph": False}, refused]
+    left = targets.unmeasured(cells)
+    assert left["gpt-oss-20b int4"] == [8192]
+    assert left["gpt-oss-20b mxfp4"] == left["MatMulNBits int4 2880x5120"] == []
+    every = [timed(c.name, t, 1.0) for c in cases.CASES for t in (1, *cases.TOKENS, cases.LONGEST)]
+    assert targets.unmeasured(every) == {}
+
+
 def test_no_cliffs():
     rule = "1.1 times the next power of two"
     found = judged(timed("a", 16, 20.0), timed("a", 32, 10.0), timed("a", 64, 9.5))

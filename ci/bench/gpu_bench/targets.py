@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .cases import CASES
 from .results import Cell, of_floor, time_of
 
 DEVICE = "NVIDIA H200"
@@ -66,6 +67,22 @@ def verdicts(cells: Iterable[Cell]) -> list[Verdict]:
     """What all targets and rules say of the cells that they are about."""
     graph = {(cell["case"], cell["tokens"]): cell for cell in cells if cell["graph"]}
     return [verdict for rule in _RULES for verdict in rule(graph)]
+
+
+def unmeasured(cells: Iterable[Cell]) -> dict[str, list[int]]:
+    """By case, the tokens of targets without a cell; [] for listed cases that have no cell."""
+    measured: dict[str, set[int]] = {}
+    for cell in cells:
+        if cell["graph"] and time_of(cell, "ours") is not None:
+            measured.setdefault(cell["case"], set()).add(cell["tokens"])
+    found: dict[str, list[int]] = {}
+    for case in (case.name for case in CASES if case.listed):
+        left = [t for t in TARGETS_US.get(case, {}) if t not in measured.get(case, ())]
+        if case not in measured:
+            found[case] = []
+        elif left:
+            found[case] = left
+    return found
 
 
 Cells = dict[tuple[str, int], Cell]
