@@ -81,12 +81,12 @@ def _targets(found: Sequence[Verdict], left: Mapping[str, Sequence[int]]) -> lis
         "",
         *table(("ours at most", "layer", "tokens", "limit", "ours", "ours / limit"), missed),
         "",
-        *([f"Not measured: {_left(left)}.", ""] if left else []),
+        *([f"Without a cell: {_left(left)}.", ""] if left else []),
     ]
 
 
 def _left(left: Mapping[str, Sequence[int]]) -> str:
-    """Cases, with the numbers of tokens unless it is none that was measured."""
+    """Cases, and the numbers of tokens of those that have other cells."""
     return "; ".join(
         f"{case} with {', '.join(map(str, tokens))} tokens" if tokens else case
         for case, tokens in left.items()

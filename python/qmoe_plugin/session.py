@@ -150,7 +150,7 @@ def _register(sess_options: onnxruntime.SessionOptions, override: bool) -> None:
 
 @functools.cache
 def _conflict() -> str:
-    """`wheels.conflict`, once a process: it looks through sys.path, which takes milliseconds."""
+    """`wheels.conflict`, once a process: it looks through sys.path, which takes a millisecond."""
     return wheels.conflict()
 
 

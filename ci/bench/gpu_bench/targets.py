@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .cases import CASES
+from .cases import select
 from .results import Cell, of_floor, time_of
 
 DEVICE = "NVIDIA H200"
@@ -65,27 +65,30 @@ class Verdict:
 
 def verdicts(cells: Iterable[Cell]) -> list[Verdict]:
     """What all targets and rules say of the cells that they are about."""
-    graph = {(cell["case"], cell["tokens"]): cell for cell in cells if cell["graph"]}
+    graph = _in_graph(cells)
     return [verdict for rule in _RULES for verdict in rule(graph)]
 
 
 def unmeasured(cells: Iterable[Cell]) -> dict[str, list[int]]:
     """By case, the tokens of targets without a cell; [] for listed cases that have no cell."""
-    measured: dict[str, set[int]] = {}
-    for cell in cells:
-        if cell["graph"] and time_of(cell, "ours") is not None:
-            measured.setdefault(cell["case"], set()).add(cell["tokens"])
-    found: dict[str, list[int]] = {}
-    for case in (case.name for case in CASES if case.listed):
-        left = [t for t in TARGETS_US.get(case, {}) if t not in measured.get(case, ())]
-        if case not in measured:
-            found[case] = []
-        elif left:
-            found[case] = left
-    return found
+    measured = {at for at, cell in _in_graph(cells).items() if time_of(cell, "ours") is not None}
+    names = {name for name, _ in measured}
+    left = {
+        case.name: [
+            tokens
+            for tokens in TARGETS_US.get(case.name, {})
+            if case.name in names and (case.name, tokens) not in measured
+        ]
+        for case in select()
+    }
+    return {name: tokens for name, tokens in left.items() if tokens or name not in names}
 
 
 Cells = dict[tuple[str, int], Cell]
+
+
+def _in_graph(cells: Iterable[Cell]) -> Cells:
+    return {(cell["case"], cell["tokens"]): cell for cell in cells if cell["graph"]}
 
 
 def _against(cells: Cells, rule: str, limit: Callable[[Cell], float | None]) -> list[Verdict]:
