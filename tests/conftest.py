@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; with a thread a core in each, their numpy takes twice the time. It
+    # reads these when it is imported, hence before the imports below.
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
 from helpers import devices
 
 

@@ -102,6 +102,17 @@ class TestPacking:
         assert packed.shape == (*shape[:-1], -(-shape[-1] * bits // 8))
         assert np.array_equal(formats.unpack(packed, bits, shape[-1]), codes)
 
+    @pytest.mark.parametrize("bits", [1, 2, 4, 8])
+    def test_bytes_that_lie_apart(self, bits: int) -> None:
+        packed = np.random.default_rng(0).integers(0, 256, (3, 6, 10), dtype=np.uint8)
+        k = 5 * 8 // bits
+        for view in (packed[..., ::2], packed[:, ::2, :5], packed.T[:, :, :5], packed[::-1, :, 5:]):
+            codes = formats.unpack(view, bits, view.shape[-1] * 8 // bits)
+            assert np.array_equal(formats.pack(codes, bits), view)
+        codes = formats.unpack(packed, bits, k)
+        codes += 1  # they are the caller's own
+        assert np.array_equal(formats.unpack(packed, bits, k) + np.uint8(1), codes)
+
     def test_refusals(self) -> None:
         with pytest.raises(ValueError, match=r"codes lie in .* 4-bit codes lie in"):
             formats.pack(np.array([16]), 4)

@@ -27,7 +27,7 @@ bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -251,12 +251,12 @@ class Format:
         if zero_points is None:
             weights -= self.default_zero_point
         else:
-            weights -= self._per_code(zero_points, k, block_size)
+            weights = _apply(np.subtract, weights, zero_points, block_size)
         if scales is not None:
             per_block = small_floats.decode_scales(scales, self.scale_type)
             if self.square_blocks and block_size:
                 per_block = np.repeat(per_block, block_size, axis=-2)[..., : weights.shape[-2], :]
-            weights *= self._per_code(per_block, k, block_size)
+            weights = _apply(np.multiply, weights, per_block, block_size)
         if global_scale is not None:
             weights *= np.asarray(global_scale).astype(np.float64)[..., None, None]
         return weights
@@ -275,16 +275,26 @@ class Format:
             raise ValueError(f"block_size of {self.name} is {block_size}; it must be {allowed}")
         return block_size
 
-    def _per_code(self, per_block: Array, k: int, block_size: int) -> Array:
-        """Spreads one value a block, [..., N, G] or [..., N], over its codes: [..., N, k]."""
-        per_block = np.asarray(per_block).astype(np.float64)
-        if not block_size:
-            return np.repeat(per_block[..., None], k, axis=-1)
-        return np.repeat(per_block, block_size, axis=-1)[..., :k]
-
     def _require_values(self) -> None:
         if self.codebook and not self.values.any():
             raise ValueError(
                 f"{self.name} has no values of its own, the model gives them: take "
                 "with_codebook(values) first"
             )
+
+
+def _apply(
+    operation: Callable[..., Array], weights: Array, per_block: Array, block_size: int
+) -> Array:
+    """`operation` of weights [..., N, K] and their blocks' values, [..., N, G], or [..., N].
+
+    Overwrites `weights`.
+    """
+    per_block = np.asarray(per_block).astype(np.float64)
+    if block_size == 0:
+        return operation(weights, per_block[..., None], out=weights)
+    groups, k = per_block.shape[-1], weights.shape[-1]
+    if groups * block_size != k:  # the last block is a part of one
+        return operation(weights, np.repeat(per_block, block_size, axis=-1)[..., :k], out=weights)
+    blocks = weights.reshape(*weights.shape[:-1], groups, block_size)
+    return operation(blocks, per_block[..., None], out=blocks).reshape(weights.shape)

@@ -65,13 +65,20 @@ def unpack(packed: Array, bits: int, k: int) -> Array:
     Returns:
         uint8 [..., k].
     """
-    packed = np.asarray(packed)
+    packed = np.ascontiguousarray(packed)
     per_byte = 8 // bits
     if packed.dtype != np.uint8 or packed.shape[-1] * per_byte < k:
         raise ValueError(
             f"{k} codes of {bits} bits need {-(-k // per_byte)} bytes of uint8, "
             f"given {packed.dtype}{list(packed.shape)}"
         )
-    shifts = (np.arange(per_byte) * bits).astype(np.uint8)
-    codes = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
-    return codes.reshape(*packed.shape[:-1], packed.shape[-1] * per_byte)[..., :k]
+    codes = packed.copy() if bits == 8 else _codes_of_bytes(bits)[packed].view(np.uint8)
+    return codes[..., :k]
+
+
+@functools.cache
+def _codes_of_bytes(bits: int) -> Array:
+    """The codes of each byte, side by side in a wider number: [256]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.view(f"u{8 // bits}")[:, 0]
