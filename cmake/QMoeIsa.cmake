@@ -1,23 +1,43 @@
 # Sources of single instruction sets: a file's name says which.
 
+# Appends to the list `name`, in a sanitized build, the flags of sources that this machine cannot run, and so cannot check: they only
+# have to compile, in a tenth of the time. `extension` is as in /proc/cpuinfo.
+function(qmoe_spare_sanitizers extension name)
+  if(NOT QMOE_PLUGIN_SANITIZE OR NOT EXISTS /proc/cpuinfo)
+    return()
+  endif()
+  file(STRINGS /proc/cpuinfo extensions REGEX "^flags" LIMIT_COUNT 1)
+  if(NOT "${extensions} " MATCHES " ${extension} ")
+    set(${name} ${${name}} -fno-sanitize=all -O0 PARENT_SCOPE)
+  endif()
+endfunction()
+
 # Gives those of this processor their compiler's flags, and drops the others from the list `name`.
 function(qmoe_select_isas name)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     # One object per instruction set; nothing in it may be shared with the baseline (ops/cpu/gemm.h says why).
     foreach(source IN LISTS ${name})
       if(source MATCHES "_avx2(_int8)?\\.cc$")
-        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+        set(flags -mavx2 -mfma -mf16c)
+        qmoe_spare_sanitizers(avx2 flags)
+        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${flags}")
       elseif(source MATCHES "_avxvnni\\.cc$")
-        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c;-mavxvnni")
+        set(flags -mavx2 -mfma -mf16c -mavxvnni)
+        qmoe_spare_sanitizers(avx_vnni flags)
+        set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${flags}")
       elseif(source MATCHES "_amx\\.cc$|_avx512(_[a-z0-9]+)?\\.cc$")
+        set(extension "${CMAKE_MATCH_1}")  # "_vnni"
         set(flags -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c)
-        if(CMAKE_MATCH_1)
-          string(REPLACE "_" "-mavx512" extension "${CMAKE_MATCH_1}")
-          list(APPEND flags ${extension})
-          if(CMAKE_MATCH_1 STREQUAL "_vnni" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+        if(extension)
+          string(REPLACE "_" "-mavx512" flag "${extension}")
+          list(APPEND flags ${flag})
+          if(extension STREQUAL "_vnni" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
             # A quarter less time for the same instructions: GCC would try to combine thousands of triples of them.
             list(APPEND flags --param=max-combine-insns=2)
           endif()
+          qmoe_spare_sanitizers(avx512${extension} flags)
+        elseif(source MATCHES "_avx512\\.cc$")
+          qmoe_spare_sanitizers(avx512f flags)
         elseif(QMOE_PLUGIN_SANITIZE AND source MATCHES "_amx\\.cc$")
           list(APPEND flags -fno-sanitize=all)  # would take a minute; its twin in tests/cpp/emulated is sanitized
         endif()
