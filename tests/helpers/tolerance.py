@@ -70,13 +70,13 @@ def _level(case: Case) -> int:
     return 0 if dict(case.attributes()).get("quant_type") == "wfp4afp8" else case.accuracy_level
 
 
-def allowed_error(case: Case, tensors: Tensors) -> np.ndarray:
-    """How far each element of the result may be from the oracle, float64."""
+def allowed_error(case: Case, tensors: Tensors, expected: np.ndarray | None = None) -> np.ndarray:
+    """How far each element of the result may be from the oracle (`expected`), float64."""
     flips: np.ndarray | float = 0.0
     if case.op_type in ("QMoE", "MoE"):
         scale, flips, rounding = qmoe_error_scale(tensors, dict(case.attributes()))
     else:
-        scale = error_scale(case, tensors)
+        scale = error_scale(case, tensors, expected)
     allowed = tolerance(case) * scale
     if _level(case) == 4:  # few terms err more than the average says
         if case.op_type not in ("QMoE", "MoE"):
@@ -95,13 +95,13 @@ def _int8_step(inputs: np.ndarray) -> np.ndarray:
     return np.repeat(largest, 32, axis=-1)[..., :k] / 127
 
 
-def error_scale(case: Case, tensors: Tensors) -> np.ndarray:
+def error_scale(case: Case, tensors: Tensors, expected: np.ndarray | None = None) -> np.ndarray:
     """The yardstick of each element of the result, float64; see the top of this file."""
     if case.op_type in ("QMoE", "MoE"):
         return qmoe_error_scale(tensors, dict(case.attributes()))[0]
     inputs, weights = case.operands(tensors)
     walk = _walk(inputs, weights, tensors.get("bias"))
-    return np.abs(case.expected(tensors)) + walk
+    return np.abs(case.expected(tensors) if expected is None else expected) + walk
 
 
 def _walk(errors: np.ndarray, weights: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
@@ -244,7 +244,7 @@ def check(case: Case, tensors: Tensors, result: np.ndarray) -> float:
     assert result.shape == expected.shape
     if result.size == 0:
         return 0.0
-    allowed = allowed_error(case, tensors)
+    allowed = allowed_error(case, tensors, expected)
     ratio = np.abs(result.astype(np.float64) - expected) / allowed
     ratio = np.where(np.isnan(ratio), np.inf, ratio)
     worst = np.unravel_index(np.argmax(ratio), ratio.shape)
